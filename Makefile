@@ -1,0 +1,41 @@
+# `make cycle` on an empty machine: installs everything and runs one full cycle on the embedded world.
+PYTHON ?= python3
+BIN := .venv/bin
+PARAMS ?=
+
+.PHONY: install cycle up down test test-slow lint format
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt overrides.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --requirement pyproject.toml --extra hpsv2 --group test \
+	    --constraint constraints.txt --override overrides.txt --compile-bytecode
+	touch $@
+
+# One cycle, start to finish, leaving nothing running. PARAMS="--param scorer=hpsv2" is handed on.
+cycle: install
+	$(BIN)/python -m flows.serve cycle $(PARAMS)
+
+# The server, its UI, a worker and the nightly schedule, kept in the background until `make down`.
+up: install
+	$(BIN)/python -m flows.serve up
+
+down: install
+	$(BIN)/python -m flows.serve down
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

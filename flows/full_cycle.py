@@ -1,0 +1,115 @@
+"""The flow `rlaif`: prompts -> generate -> score -> pair -> train -> evaluate -> gate -> champion, once or N times."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from filelock import FileLock, Timeout
+from prefect import flow
+from pydantic import Field
+
+from flows import stages
+from tasks.plan import begin_run, check, end_run, plan_cycle
+from tasks.promote import promote
+from tasks.recipe import Recipe, resolve
+from tasks.report import write_report
+from tasks.settings import Evaluation, Execution, Gate, Generation, Pairing, Training
+from tasks.workspace import Cycle, Experiment, experiment_at
+from training.shards import write_json
+
+log = logging.getLogger(__name__)
+
+
+@flow(name="rlaif", flow_run_name="{experiment}-{preset}")
+def full_cycle(
+    preset: str = "shapes",
+    scorer: str | None = None,
+    judges: list[str] | None = None,
+    base_model: str | None = None,
+    prompts: str | None = None,
+    cycles: Annotated[int, Field(ge=1, le=1000)] = 1,
+    experiment: str = "default",
+    workspace: str = "workspace",
+    seed: Annotated[int, Field(ge=0, lt=2**53)] = 0,
+    generation: Generation = Generation(),
+    pairing: Pairing = Pairing(),
+    training: Training = Training(),
+    evaluation: Evaluation = Evaluation(),
+    gate: Gate = Gate(),
+    execution: Execution = Execution(),
+) -> list[str]:
+    """Align a text-to-image model from AI feedback, and keep the result only if it is better.
+
+    The same parameters after a crash finish the run where it stopped. Returns the paths of the reports.
+
+    Args:
+        preset: a recipe under recipes/ (or the path of a TOML file) that names everything left open here.
+        scorer: who labels the training pairs: pickscore, hpsv2, a name of the preset, a plug-in or module:Class.
+        judges: who judges the result; at least one must not be the scorer.
+        base_model: a diffusers folder or hub id.
+        prompts: a file (.txt .json .jsonl .csv .parquet .arrow) or hub data set, with an optional ':column'.
+        cycles: turns of the loop; each starts from the champion of those before.
+        experiment: a line of cycles that share a champion.
+        workspace: the folder that holds experiments.
+        seed: everything random derives from it and the cycle's number.
+        generation: how candidates are drawn.
+        pairing: how scores become pairs.
+        training: the Diffusion-DPO recipe.
+        evaluation: held-out prompts.
+        gate: what it takes to become champion.
+        execution: devices, batch and shard sizes.
+    """
+    flat = {"scorer": scorer, "judges": judges, "base_model": base_model, "prompts": prompts}
+    sections = {
+        "generation": generation, "pairing": pairing, "training": training,
+        "evaluation": evaluation, "gate": gate, "execution": execution,
+    }  # fmt: skip
+    recipe = resolve(preset, seed, flat, sections)
+    where = experiment_at(workspace, experiment)
+    check(recipe, where.folder)
+    where.folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(where):
+        return run_cycles(where, recipe, cycles)
+
+
+@contextmanager
+def exclusive(experiment: Experiment) -> Iterator[None]:
+    """One run at a time in an experiment: the lock goes with the process, however it ends."""
+    lock = FileLock(experiment.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("another run works in %s; waiting for it to end", experiment.folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def run_cycles(experiment: Experiment, recipe: Recipe, cycles: int) -> list[str]:
+    """Begin a run or resume the unfinished one of these parameters; finished cycles are passed over."""
+    path, run = begin_run(experiment, recipe, cycles)
+    for number in run.cycles:
+        cycle = experiment.cycle(number)
+        if not cycle.finished.is_file():
+            plan_cycle(experiment, run, number)
+            run_cycle(experiment, cycle)
+    end_run(path, run)
+    return [str(experiment.cycle(number).report) for number in run.cycles]
+
+
+def run_cycle(experiment: Experiment, cycle: Cycle) -> None:
+    """One turn of the loop."""
+    folder = Path(cycle.folder)
+    stages.generate(folder, "training")
+    stages.score(folder, "training")
+    stages.pair(folder)
+    stages.train(folder)
+    stages.evaluate(folder)
+    decision = promote(experiment, cycle)
+    report = write_report(experiment, cycle)
+    write_json(cycle.finished, {"promoted": decision["promoted"]})
+    log.info("cycle %s finished; report: %s", cycle.folder.name, report)

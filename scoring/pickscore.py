@@ -1,0 +1,158 @@
+"""PickScore v1 (Kirstain et al. 2023, "Pick-a-Pic", arXiv:2305.01569): a CLIP model tuned on user choices.
+
+The model is a transformers CLIPModel with its CLIPProcessor, from a folder or from the hub. Importing this
+module does not load torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from scoring.cosine import CosineScorer, compute_dtype
+from scoring.scorer import ScorerInfo, ScorerSource, ScoringError
+from scoring.sources import check_hub, existing_folder, fingerprint, first_file, is_hub_id, local_copy
+
+if TYPE_CHECKING:
+    import torch
+
+NAME, VERSION = "pickscore", "v1"
+PREPROCESSING = "transformers-clip-processor"
+DEFAULT_SOURCE = "yuvalkirstain/PickScore_v1"
+DEFAULT_PROCESSOR = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Whose processor is used when the weights come without one: the model that PickScore v1 was tuned from."""
+
+# Ordered: what comes first is what transformers would take.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SAFE_PATTERNS, PICKLE_PATTERNS = ("*.json", "*.txt", "model*.safetensors"), ("pytorch_model*.bin",)
+IMAGE_PROCESSOR = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER = ("tokenizer.json", "vocab.json")
+PROCESSOR_FILES = (
+    *IMAGE_PROCESSOR,
+    *TOKENIZER,
+    "tokenizer_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+
+class PickScore(CosineScorer):
+    """score = exp(logit_scale) cos(image, text), unit "logit"; comparable between images of one prompt only.
+
+    The paper's preference probability of two images of a prompt is the softmax of their two scores.
+    """
+
+    def __init__(
+        self,
+        source: str | None = None,
+        device: str = "cpu",
+        revision: str | None = None,
+        variant: str | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        """`source`: folder or hub id; None = the published weights. `batch_size`: see `CosineScorer`.
+
+        Raises ValueError for a folder without the needed files, ScoringError for weights that do not load
+        safely.
+        """
+        from transformers import CLIPProcessor
+
+        self.check(bound := ScorerSource(source, revision=revision, variant=variant))
+        folder, origin = _weights_folder(bound)
+        processor_folder = folder
+        if not _has_processor(folder):
+            processor_folder, _ = local_copy(DEFAULT_PROCESSOR, None, PROCESSOR_FILES, NAME)
+        super().__init__(_load_model(folder), device, batch_size)
+        self._processor: Any = CLIPProcessor.from_pretrained(processor_folder, local_files_only=True)
+        files = [*_weight_files(folder), *_present(processor_folder, PROCESSOR_FILES)]
+        facts = {"preprocessing": PREPROCESSING, "dtype": compute_dtype(device)}
+        digest = fingerprint(files, name=NAME, version=VERSION, **facts)
+        self.info = ScorerInfo(NAME, VERSION, "logit", True, origin, digest)
+
+    @staticmethod
+    def check(source: ScorerSource) -> None:
+        """Raises ValueError when the source cannot hold PickScore weights; loads nothing."""
+        if source.variant not in (None, VERSION):
+            raise ValueError(f"scorer {NAME!r}: unknown variant {source.variant!r}, not {VERSION}")
+        where = source.source or DEFAULT_SOURCE
+        if is_hub_id(where):
+            return check_hub(where, source.revision, ["config.json"], NAME)
+        folder = existing_folder(where, NAME)
+        first_file(folder, ["config.json"], NAME)
+        first_file(folder, WEIGHTS, NAME)
+
+    def _image_features(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        # Arrays out of a memory map are read-only, which torch warns about; the channel axis of a 3 x 3 image
+        # is ambiguous unless it is said.
+        arrays = [np.require(image, requirements=["C", "W"]) for image in images]
+        inputs = self._processor.image_processor(
+            arrays, return_tensors="pt", input_data_format="channels_last"
+        )
+        pixels = inputs["pixel_values"].to(self._device)
+        with self._autocast():
+            return _projected(self._model.get_image_features(pixel_values=pixels))
+
+    def _text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        length = self._model.config.text_config.max_position_embeddings
+        tokens = self._processor.tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+        ).to(self._device)
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        with self._autocast():
+            return _projected(self._model.get_text_features(input_ids=ids, attention_mask=mask))
+
+    def _scale(self) -> torch.Tensor:
+        scale: torch.Tensor = self._model.logit_scale.float().exp()
+        return scale
+
+
+def _projected(output: Any) -> torch.Tensor:
+    """The projected embedding; transformers 5 wraps what transformers 4 returned as it is."""
+    import torch
+
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+def _load_model(folder: Path) -> torch.nn.Module:
+    import pickle
+
+    import torch
+    from transformers import CLIPModel
+
+    try:
+        return CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    except pickle.UnpicklingError as error:
+        raise ScoringError(f"{folder}: the weights are a pickle of more than tensors: {error}") from error
+
+
+def _weights_folder(source: ScorerSource) -> tuple[Path, str]:
+    """The local folder of the weights and its name for people, see `local_copy`; pickles only if need be."""
+    where = source.source or DEFAULT_SOURCE
+    folder, origin = local_copy(where, source.revision, SAFE_PATTERNS, NAME)
+    if is_hub_id(where) and not any(folder.glob("model*.safetensors")):
+        return local_copy(where, source.revision, (*SAFE_PATTERNS, *PICKLE_PATTERNS), NAME)
+    return folder, origin
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The configuration and every file of the weights that are loaded, all parts of a split checkpoint."""
+    kind = first_file(folder, WEIGHTS, NAME).name
+    pattern = "model*.safetensors*" if "safetensors" in kind else "pytorch_model*.bin*"
+    return [folder / "config.json", *folder.glob(pattern)]
+
+
+def _has_processor(folder: Path) -> bool:
+    return bool(_present(folder, IMAGE_PROCESSOR)) and bool(_present(folder, TOKENIZER))
+
+
+def _present(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]

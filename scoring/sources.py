@@ -1,0 +1,80 @@
+"""Where the files of a scorer's weights are, and a digest of them.
+
+Knows folders and hub ids, nothing of models. torch is never loaded here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is "owner/name" on the hub rather than a folder here.
+
+    What exists is a folder. "owner/name" is taken for a folder that is missing when "owner" is a folder here,
+    so that a mistyped path is reported as such and not looked up on the hub.
+    """
+    path = Path(source)
+    return HUB_ID.fullmatch(source) is not None and not path.exists() and not path.parent.is_dir()
+
+
+def existing_folder(source: str, scorer: str) -> Path:
+    """The folder that a source names. Raises ValueError when there is none."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"scorer {scorer!r}: no folder {source!r} (looked at {folder.absolute()})")
+    return folder
+
+
+def first_file(folder: Path, names: Sequence[str], scorer: str) -> Path:
+    """The first of several names that is a file in the folder. Raises ValueError when none is."""
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
+    wanted = " or ".join(names)
+    raise ValueError(f"scorer {scorer!r}: folder {str(folder)!r} lacks {wanted}; it holds {found}")
+
+
+def check_hub(repository: str, revision: str | None, probes: Sequence[str], scorer: str) -> None:
+    """Raises ValueError when HF_HUB_OFFLINE is set and the cache has none of the probed files."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = (try_to_load_from_cache(repository, name, revision=revision) for name in probes)
+    if constants.HF_HUB_OFFLINE and not any(isinstance(path, str) for path in cached):
+        raise ValueError(f"scorer {scorer!r}: HF_HUB_OFFLINE is set and {repository!r} is not in the cache")
+
+
+def local_copy(source: str, revision: str | None, patterns: Sequence[str], scorer: str) -> tuple[Path, str]:
+    """A folder with the files of a source, and its name for people: the source, for a hub id with its commit.
+
+    Of a hub repository only files that match `patterns` are fetched, and only those not in the cache.
+    Raises ValueError for a folder that does not exist, and what huggingface_hub raises when it cannot fetch.
+    """
+    if not is_hub_id(source):
+        return existing_folder(source, scorer), source
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+    return folder, f"{source}@{folder.name}"
+
+
+def files_digest(files: Iterable[Path]) -> list[str]:
+    """ "name sha256" of each file, sorted: equal for equal contents, wherever the folder is."""
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}")
+    return sorted(digests)
+
+
+def fingerprint(files: Iterable[Path], **facts: str) -> str:
+    """16 hex digits over named facts and the contents of files; any change of either changes it."""
+    record = json.dumps({**facts, "files": files_digest(files)}, sort_keys=True)
+    return hashlib.sha256(record.encode()).hexdigest()[:16]

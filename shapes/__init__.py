@@ -1,0 +1,1 @@
+"""The embedded world: coloured shapes, an exact oracle, and the tiny models that are trained on them."""

@@ -1,0 +1,60 @@
+"""Progress of anything longer than a few seconds: a bar in a terminal, log lines and a Prefect artifact elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.context import TaskRunContext
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+LOG_SECONDS = 5.0
+Advance = Callable[..., None]
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
+    """Yields `advance(n, note="")`. Updates cost a request, so they come at most every few seconds."""
+    bar = tqdm(total=total, desc=description, unit=unit, disable=not sys.stderr.isatty(), leave=False)
+    reporter = _Reporter(description, total, unit)
+
+    def advance(count: int, note: str = "") -> None:
+        bar.set_postfix_str(note, refresh=False)
+        bar.update(count)
+        reporter.advance(count, note)
+
+    try:
+        yield advance
+        reporter.close()
+    finally:
+        bar.close()
+
+
+class _Reporter:
+    def __init__(self, description: str, total: int, unit: str) -> None:
+        self.description, self.total, self.unit, self.done = description, total, unit, 0
+        self.started = self.told = time.monotonic()
+        self.artifact = self._create() if TaskRunContext.get() else None
+
+    def _create(self) -> object:
+        return create_progress_artifact(progress=0.0, description=self.description)
+
+    def advance(self, count: int, note: str) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.told >= LOG_SECONDS:
+            self.told = now
+            self._tell(note)
+
+    def _tell(self, note: str) -> None:
+        pace = self.done / (time.monotonic() - self.started)
+        log.info("%s: %d/%d %s (%.1f/s) %s", self.description, self.done, self.total, self.unit, pace, note)
+        if self.artifact is not None:
+            update_progress_artifact(self.artifact, progress=100.0 * self.done / self.total)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        if self.artifact is not None:
+            update_progress_artifact(self.artifact, progress=100.0)  # type: ignore[arg-type]

@@ -1,0 +1,55 @@
+"""Makes an accepted model the champion of its experiment, and keeps the history of all decisions."""
+
+import json
+import logging
+from typing import Any
+
+from prefect import task
+
+from tasks.evaluate import Results
+from tasks.generate import trained_model
+from tasks.plan import read_plan
+from tasks.workspace import Cycle, Experiment
+from training.checkpoint import CheckpointRecord
+from training.shards import write_json
+
+log = logging.getLogger(__name__)
+
+
+@task(task_run_name="promote")
+def promote(experiment: Experiment, cycle: Cycle) -> dict[str, Any]:
+    """Record the gate's decision; a promoted model becomes what the next cycle starts from.
+
+    A model that was judged against a champion who has been replaced since is not promoted: nothing says that
+    it is better than the present one. Doing it twice changes nothing.
+    """
+    if cycle.promotion.is_file():
+        decided: dict[str, Any] = json.loads(cycle.promotion.read_text())
+        return decided
+    plan, results = read_plan(cycle), Results.read(cycle)
+    record = CheckpointRecord.read(cycle.training)
+    assert record is not None, "judged without a trained model"
+    champion = read_champion(experiment)
+    promoted, reasons = results.decision.promoted, list(results.decision.reasons)
+    if promoted and champion["cycle"] not in (plan.champion, plan.cycle):
+        promoted = False
+        reasons.insert(0, f"Not promoted: cycle {champion['cycle']} became champion while this cycle ran.")
+    decision = {"cycle": plan.cycle, "promoted": promoted, "reasons": reasons, "sha256": record.sha256}
+    if promoted:
+        model, label = trained_model(plan, cycle, record)
+        champion |= {"cycle": plan.cycle, "model": model.to_dict(), "label": label}
+    if plan.cycle not in [entry["cycle"] for entry in champion["history"]]:
+        champion["history"].append(decision)
+        write_json(experiment.champion, champion)
+    write_json(cycle.promotion, decision)
+    log.info("cycle %d: %s", plan.cycle, reasons[0])
+    return decision
+
+
+def read_champion(experiment: Experiment) -> dict[str, Any]:
+    """The champion's record; before the first promotion its cycle is None."""
+    if not experiment.champion.is_file():
+        return {"cycle": None, "model": None, "label": None, "history": []}
+    champion: dict[str, Any] = json.loads(experiment.champion.read_text())
+    return champion
+

@@ -1,0 +1,85 @@
+"""The parameters of a run: a preset from `recipes/`, and what the user wants to differ."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tasks.settings import Evaluation, Execution, Gate, Generation, Pairing, Section, Training
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+SECTIONS: dict[str, type[Section]] = {
+    "generation": Generation,
+    "pairing": Pairing,
+    "training": Training,
+    "evaluation": Evaluation,
+    "gate": Gate,
+    "execution": Execution,
+}
+
+
+class ParameterError(ValueError):
+    """A parameter that cannot be used; the message names it, its value and the way out."""
+
+
+class Weights(BaseModel):
+    """Where a scorer's weights come from; see `scoring.scorer.ScorerSource`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str | None = None
+    factory: str | None = None
+    revision: str | None = None
+    variant: str | None = None
+
+
+class Recipe(BaseModel):
+    """A complete, resolved set of parameters: no field is left open."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    preset: str
+    base_model: str
+    revision: str | None = None
+    prompts: str
+    scorer: str
+    judges: list[str] = Field(min_length=1)
+    scorers: dict[str, Weights]
+    seed: int
+    generation: Generation
+    pairing: Pairing
+    training: Training
+    evaluation: Evaluation
+    gate: Gate
+    execution: Execution
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def read_preset(preset: str) -> dict[str, Any]:
+    """A recipe by name, or any TOML file by path. Raises ParameterError listing the names there are."""
+    path = Path(preset) if preset.endswith(".toml") else RECIPES / f"{preset}.toml"
+    if not path.is_file():
+        raise ParameterError(f"preset={preset!r}: no such recipe; there are {', '.join(preset_names())}, or a path to a .toml")
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ParameterError(f"preset={preset!r}: {path} is not valid TOML: {error}") from error
+
+
+def resolve(preset: str, seed: int, flat: dict[str, Any], sections: dict[str, Section]) -> Recipe:
+    """Put what the user gave on top of the preset.
+
+    flat: the swappable parameters by name, None = as the preset says. sections: likewise, by section name.
+    Raises ParameterError when preset and user together leave a field open.
+    """
+    values = read_preset(preset)
+    values |= {name: value for name, value in flat.items() if value is not None}
+    for name, kind in SECTIONS.items():
+        merged = {**values.get(name, {}), **sections[name].given()}
+        missing = sorted(set(kind.model_fields) - set(merged))
+        if missing:
+            raise ParameterError(f"preset={preset!r} names no value for {', '.join(f'{name}.{f}' for f in missing)}")
+        values[name] = merged
+    return Recipe(preset=preset, seed=seed, **values)

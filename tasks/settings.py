@@ -1,0 +1,98 @@
+"""The typed sections of a cycle's parameters.
+
+A field left out means "as the preset says": every recipe under `recipes/` names a value for every field, so a
+section that a user gives holds only what is to differ. Unknown keys and values out of bounds are refused.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def preset_value(description: str, **bounds: Any) -> Any:
+    """A field whose value comes from the preset unless the user gives one."""
+    return Field(default=None, description=f"{description} Left out: as the preset says.", **bounds)
+
+
+class Section(BaseModel):
+    """A group of parameters: frozen, unknown keys refused, `null` the same as left out."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
+
+    def given(self) -> dict[str, Any]:
+        """Only what was set."""
+        return self.model_dump(exclude_unset=True)
+
+
+class Generation(Section):
+    """How many pictures are drawn and how. The same sampler draws the evaluation."""
+
+    prompts_per_cycle: int = preset_value("Training prompts drawn each cycle.", ge=1)
+    candidates: int = preset_value("Pictures a prompt.", ge=2, le=1024)
+    scheduler: str = preset_value("A diffusers scheduler by class name.")
+    scheduler_options: dict[str, Any] = preset_value("Overrides of the scheduler's own config.")
+    steps: int = preset_value("Denoising steps.", ge=1, le=1000)
+    guidance: float = preset_value("Classifier-free guidance scale; 1 = none.", ge=1.0, le=100.0)
+    height: int = preset_value("Pixels; 0 = the model's own size.", ge=0, multiple_of=8)
+    width: int = preset_value("Pixels; 0 = the model's own size.", ge=0, multiple_of=8)
+    image_format: Literal["png", "jpeg"] = preset_value("png is lossless; jpeg is quality 95 without subsampling.")
+
+
+class Pairing(Section):
+    """How scores become preference pairs."""
+
+    rule: Literal["best-vs-worst", "all-pairs"] = preset_value("Which candidates of a prompt are paired.")
+    min_margin: float = preset_value(
+        "Smallest score difference that makes a pair, in pooled within-prompt standard deviations; "
+        "smaller ones are ties and are dropped.",
+        ge=0,
+    )
+    score_with_judges: bool = preset_value("Also store the judges' scores of the candidates (they never label).")
+
+
+class Training(Section):
+    """Diffusion-DPO. `beta` is in the convention of the published code: loss = -log sigmoid(-0.5 * beta * D)."""
+
+    method: Literal["lora", "full"] = preset_value("Train an adapter, or every weight of the UNet.")
+    steps: int = preset_value("Optimizer steps.", ge=1)
+    batch_size: int = preset_value("Pairs an optimizer step.", ge=1)
+    micro_batch_size: int = preset_value("Pairs a forward pass; does not change the result.", ge=1)
+    learning_rate: float = preset_value("AdamW's, after the warm-up.", gt=0, le=1)
+    warmup_steps: int = preset_value("Steps of linear warm-up.", ge=0)
+    weight_decay: float = preset_value("AdamW's.", ge=0)
+    max_grad_norm: float = preset_value("Gradients are clipped to this norm.", gt=0)
+    beta: float = preset_value("Strength of the pull to the reference.", gt=0)
+    lora_rank: int = preset_value("Rank of the adapter.", ge=1, le=1024)
+    lora_alpha: float = preset_value("The adapter is scaled by alpha / rank.", gt=0)
+    lora_targets: list[str] = preset_value("Endings of the names of the layers that get an adapter.", min_length=1)
+    checkpoint_every: int = preset_value("Steps between resumable checkpoints.", ge=1)
+    mixed_precision: Literal["no", "fp16", "bf16"] = preset_value("Autocast precision of the UNet.")
+
+
+class Evaluation(Section):
+    """Base against tuned model on held-out prompts, with equal seeds on both sides."""
+
+    prompts: str = preset_value("Held-out prompt set; never trained on. 'split' holds back a part of `prompts`.")
+    max_prompts: int = preset_value("At most this many held-out prompts, drawn anew for each cycle.", ge=10)
+    null_control: bool = preset_value("Also judge the base against itself with other seeds: must come out even.")
+
+
+class Gate(Section):
+    """What it takes to become the champion."""
+
+    confidence: float = preset_value("Confidence level of the intervals.", gt=0.5, lt=1)
+
+
+class Execution(Section):
+    """How the work is run. Nothing here changes a result beyond rounding."""
+
+    device: str = preset_value("'auto', 'cpu', 'cuda', 'cuda:1', ...")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = preset_value("Precision of the frozen weights.")
+    batch_size: int = preset_value("Pictures a forward pass in generation.", ge=1)
+    score_batch_size: int = preset_value("Pictures a forward pass in scoring.", ge=1)
+    images_per_shard: int = preset_value("Pictures a shard; a killed run loses at most the shard it was in.", ge=1)

@@ -1,0 +1,56 @@
+"""Trains on the sealed preference shards of a cycle."""
+
+import logging
+
+from prefect import task
+
+from tasks.models import absolute
+from tasks.plan import Plan, read_plan
+from tasks.progress import progress
+from tasks.workspace import Cycle
+from training.checkpoint import CheckpointRecord
+from training.models import ModelRef
+from training.policy import Lora
+from training.shards import verify
+from training.trainer import TrainingPlan, train
+
+log = logging.getLogger(__name__)
+
+
+@task(task_run_name="train-dpo")
+def train_policy(cycle: Cycle) -> CheckpointRecord:
+    """Diffusion-DPO from the cycle's start model; resumes at the last checkpoint, or returns what is finished."""
+    finished = CheckpointRecord.read(cycle.training)
+    if finished:
+        log.info("%s: complete, kept", cycle.training)
+        return finished
+    plan = read_plan(cycle)
+    verify(cycle.preferences, "checksum")
+    with progress("train", plan.recipe.training.steps, "step") as advance:
+        done = 0
+
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            nonlocal done
+            note = f"loss {metrics['loss']:.4f} accuracy {metrics['implicit_accuracy']:.2f}"
+            advance(step - done, note)
+            done = step
+
+        record = train(training_plan(plan, cycle), on_step)
+    log.info("trained: %s", {name: round(value, 5) for name, value in record.metrics.items()})
+    return record
+
+
+def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
+    """The trainer's plan: the recipe's numbers, with paths filled in."""
+    recipe, execution = plan.recipe.training, plan.recipe.execution
+    shared = set(TrainingPlan.__dataclass_fields__) & set(type(recipe).model_fields)
+    return TrainingPlan(
+        model=absolute(ModelRef(**plan.start), cycle.folder.parent.parent),
+        pairs=str(cycle.preferences),
+        output=str(cycle.training),
+        lora=Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets),
+        seed=plan.cycle_seed,
+        device=execution.device,
+        dtype=execution.dtype,
+        **{name: getattr(recipe, name) for name in shared},
+    )

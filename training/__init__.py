@@ -1,0 +1,1 @@
+"""The diffusion model: loading, sampling, losses, the pair data, the trainer and its checkpoints."""

@@ -1,0 +1,110 @@
+"""Training state on disk: resumable checkpoints, and the record of the finished model.
+
+A folder that is visible under its final name is complete: it is written beside and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.models import ModelRef
+from training.shards import write_json
+
+RECORD = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """A finished training run. model: what to load. beta and kappa: see `training.losses.kappa_of`.
+
+    sha256: of the trained weights file. pairs: trainable pairs. metrics: means over the last tenth of the run.
+    """
+
+    model: ModelRef
+    method: str
+    steps: int
+    pairs: int
+    beta: float
+    kappa: float
+    sha256: str
+    metrics: dict[str, float]
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / RECORD, asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> "CheckpointRecord | None":
+        """None when the run is not finished: the record is written last."""
+        path = folder / RECORD
+        if not path.is_file():
+            return None
+        fields = json.loads(path.read_text())
+        return cls(**{**fields, "model": ModelRef(**fields["model"])})
+
+
+def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a hidden folder beside `folder`, flush it, then give it its name in one step.
+
+    A folder of that name from before is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    hidden = folder.parent / f".{folder.name}.tmp"
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir()
+    write(hidden)
+    for path in [*hidden.rglob("*"), hidden]:
+        _fsync(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(hidden, folder)
+    _fsync(folder.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_state(folder: Path, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, Any], keep: int) -> None:
+    """Checkpoint after `step` optimizer steps; all but the newest `keep` are removed."""
+    from safetensors.torch import save_file
+
+    def write(target: Path) -> None:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / "weights.safetensors")
+        torch.save(optimizer, target / "optimizer.pt")
+
+    publish_folder(folder / f"checkpoint-{step:06d}", write)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("checkpoint-[0-9]*"))
+
+
+def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+    """(steps done, weights, optimizer state) of the newest checkpoint, or None. Unpickles tensors only."""
+    from safetensors.torch import load_file
+
+    found = checkpoints(folder)
+    if not found:
+        return None
+    newest = found[-1]
+    optimizer = torch.load(newest / "optimizer.pt", weights_only=True, map_location="cpu")
+    return int(newest.name.split("-")[1]), load_file(newest / "weights.safetensors"), optimizer
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,226 @@
+"""Diffusion-DPO training on preference shards: the loop, its checkpoints and its metrics."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from training.checkpoint import CheckpointRecord, load_state, publish_folder, save_state, sha256_file
+from training.dataset import PairBatch, PreferencePairs, positions_of_step
+from training.losses import LossOutput, PairErrors, diffusion_dpo, kappa_of, squared_error
+from training.models import ModelRef, load_noise_schedule, resolve_device
+from training.noise import draw, target
+from training.policy import FullPolicy, Lora, LoraPolicy, Policy
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+METRICS = "metrics.jsonl"
+Metrics = dict[str, float]
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient stopped being a number; the last good checkpoint is kept."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything that decides the trained weights, and how to run.
+
+    batch_size: pairs an optimizer step. micro_batch_size: pairs a forward pass (memory; does not change the
+    result). beta: Salesforce convention, see `losses.kappa_of`. warmup_steps: linear from 0; constant afterwards.
+    checkpoint_every: steps between resumable checkpoints. mixed_precision: accelerate's "no", "fp16" or "bf16".
+    """
+
+    model: ModelRef
+    pairs: str
+    output: str
+    method: Literal["lora", "full"]
+    lora: Lora
+    steps: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    beta: float
+    checkpoint_every: int
+    seed: int
+    device: str = "auto"
+    dtype: str = "auto"
+    mixed_precision: str = "no"
+
+
+def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda step, metrics: None) -> CheckpointRecord:
+    """Train, or finish a training that was interrupted; a finished one is returned as it is.
+
+    on_step(steps done, metrics) is called after every optimizer step.
+    Raises ShardError for unusable pairs and TrainingDiverged when the loss is no longer finite.
+    """
+    output = Path(plan.output)
+    finished = CheckpointRecord.read(output)
+    if finished:
+        return finished
+    run = _Run(plan)
+    first = run.resume(output)
+    history = _read_metrics(output, first)
+    with (output / METRICS).open("a") as log:
+        for step in range(first, plan.steps):
+            metrics = run.step(step)
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+                raise TrainingDiverged(_diverged(step, metrics, plan))
+            history.append(metrics)
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            on_step(step + 1, metrics)
+            if (step + 1) % plan.checkpoint_every == 0:
+                run.save(output, step + 1)
+    return run.finish(output, history)
+
+
+def _diverged(step: int, metrics: Metrics, plan: TrainingPlan) -> str:
+    return (
+        f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The checkpoints in "
+        f"{plan.output} are from before. Lower training.learning_rate (now {plan.learning_rate}) or raise "
+        f"training.beta (now {plan.beta})."
+    )
+
+
+def _read_metrics(output: Path, steps: int) -> list[Metrics]:
+    """The metrics of the steps that the resumed checkpoint holds; what came after it is cut off the file."""
+    path = output / METRICS
+    output.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines()[:steps] if path.is_file() else []
+    path.write_text("".join(line + "\n" for line in lines))
+    return [json.loads(line) for line in lines]
+
+
+class _Run:
+    """The objects of one training run."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        from accelerate import Accelerator
+
+        device = resolve_device(plan.device)
+        self.plan = plan
+        self.accelerator: Accelerator = Accelerator(cpu=device == "cpu", mixed_precision=plan.mixed_precision)
+        self.device = self.accelerator.device
+        self.pairs = PreferencePairs(Path(plan.pairs))
+        self.schedule = load_noise_schedule(plan.model)
+        self.policy = _policy(plan, str(self.device))
+        self.unet: UNet2DConditionModel
+        self.optimizer: torch.optim.Optimizer
+        optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+        )
+        self.unet, self.optimizer = self.accelerator.prepare(self.policy.unet, optimizer)
+
+    def resume(self, output: Path) -> int:
+        """Load the newest checkpoint where there is one; returns the number of steps it has done.
+
+        Only the policy moves: the reference is rebuilt from the plan, never from a checkpoint.
+        """
+        state = load_state(output)
+        if state is None:
+            return 0
+        step, weights, optimizer = state
+        own = self.policy.weights()
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+        self.optimizer.load_state_dict(optimizer)
+        return step
+
+    def save(self, output: Path, step: int) -> None:
+        if self.accelerator.is_main_process:
+            save_state(output, step, self.policy.weights(), self.optimizer.state_dict(), keep=2)
+
+    def step(self, step: int) -> Metrics:
+        """One optimizer step over `batch_size` pairs, in forward passes of `micro_batch_size`."""
+        plan, started = self.plan, time.perf_counter()
+        self.optimizer.param_groups[0]["lr"] = rate = learning_rate(plan, step)
+        positions = positions_of_step(step, plan.batch_size, len(self.pairs), plan.seed)
+        outputs: list[LossOutput] = []
+        for start in range(0, plan.batch_size, plan.micro_batch_size):
+            batch = self.pairs.read(positions[start : start + plan.micro_batch_size])
+            output = self.loss(batch)
+            self.accelerator.backward(output.loss.sum() / plan.batch_size)
+            outputs.append(output)
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), plan.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        metrics = _mean_metrics(outputs)
+        pace = plan.batch_size / (time.perf_counter() - started)
+        return {"step": step + 1, **metrics, "grad_norm": float(norm), "learning_rate": rate, "pairs_per_second": pace}
+
+    def loss(self, batch: PairBatch) -> LossOutput:
+        """Per-pair Diffusion-DPO losses: winner and loser share noise, timestep and prompt."""
+        noise, times = draw(self.plan.seed, batch.draws, self.pairs.latent_shape, self.schedule.config.num_train_timesteps)
+        noise, times = noise.repeat(2, 1, 1, 1).to(self.device), times.repeat(2).to(self.device)
+        latents = torch.cat([batch.winner, batch.loser]).to(self.device)
+        inputs = (self.schedule.add_noise(latents, noise, times), times, batch.embedding.repeat(2, 1, 1).to(self.device))
+        wanted = target(self.schedule, latents, noise, times)
+        with self.policy.reference() as unet:  # first, so that no policy graph is held meanwhile
+            reference = squared_error(self._predict(unet, *inputs), wanted)
+        policy = squared_error(self._predict(self.unet, *inputs), wanted)
+        errors = PairErrors(*policy.chunk(2), *reference.chunk(2))
+        return diffusion_dpo(errors, kappa_of(self.plan.beta))
+
+    def _predict(
+        self, unet: "UNet2DConditionModel", noisy: torch.Tensor, times: torch.Tensor, embedding: torch.Tensor
+    ) -> torch.Tensor:
+        precision = next(unet.parameters()).dtype
+        with self.accelerator.autocast():
+            prediction: torch.Tensor = unet(noisy.to(precision), times, embedding.to(precision)).sample
+        return prediction
+
+    def finish(self, output: Path, history: list[Metrics]) -> CheckpointRecord:
+        """Export the trained weights, then the record that says the run is complete."""
+        plan = self.plan
+        kind = "adapter" if plan.method == "lora" else "unet"
+        publish_folder(output / kind, lambda folder: void(self.policy.export(folder)))
+        weights = next((output / kind).glob("*.safetensors"))
+        model = ModelRef(plan.model.base, plan.model.revision, plan.model.unet, str(output / kind))
+        if kind == "unet":
+            model = ModelRef(plan.model.base, plan.model.revision, str(output / kind), None)
+        record = CheckpointRecord(
+            model, plan.method, plan.steps, len(self.pairs), plan.beta, kappa_of(plan.beta),
+            sha256_file(weights), final_metrics(history),
+        )  # fmt: skip
+        record.write(output)
+        return record
+
+
+def void(_: object) -> None:
+    """Drop a value where a callback must return nothing."""
+
+
+def _policy(plan: TrainingPlan, device: str) -> Policy:
+    if plan.method == "full":
+        return FullPolicy(plan.model, device, plan.dtype)
+    return LoraPolicy(plan.model, plan.lora, device, plan.dtype, plan.seed)
+
+
+def learning_rate(plan: TrainingPlan, step: int) -> float:
+    """Linear warm-up to `learning_rate` over `warmup_steps`, then constant. step counts from 0."""
+    if step >= plan.warmup_steps:
+        return plan.learning_rate
+    return plan.learning_rate * (step + 1) / plan.warmup_steps
+
+
+def _mean_metrics(outputs: list[LossOutput]) -> Metrics:
+    loss = torch.cat([output.loss.detach() for output in outputs]).mean().item()
+    names = outputs[0].metrics
+    return {"loss": loss} | {name: torch.cat([o.metrics[name] for o in outputs]).mean().item() for name in names}
+
+
+def final_metrics(history: list[Metrics]) -> Metrics:
+    """Each metric's mean over the last tenth of the steps: single steps are dominated by the timestep drawn."""
+    tail = history[-max(1, len(history) // 10) :]
+    return {name: sum(m[name] for m in tail) / len(tail) for name in tail[0] if name != "step"}
