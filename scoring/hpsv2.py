@@ -83,8 +83,8 @@ class HPSv2(CosineScorer):
         bpe = {"bpe_path": str(files.vocabulary)} if files.vocabulary else {}
         self._tokenizer = SimpleTokenizer(context_length=self._model.context_length, **bpe)
         self._size = _square_size(model_config["vision_cfg"].get("image_size", 224))
-        self._mean = tuple(preprocess_config.get("mean", OPENAI_MEAN))
-        self._std = tuple(preprocess_config.get("std", OPENAI_STD))
+        self._mean = tuple(preprocess_config.get("mean") or OPENAI_MEAN)
+        self._std = tuple(preprocess_config.get("std") or OPENAI_STD)
         facts = {"preprocessing": PREPROCESSING, "dtype": compute_dtype(device)}
         digest = fingerprint(files.all(), name=NAME, version=version, **facts)
         self.info = ScorerInfo(NAME, version, "cosine", True, origin, digest)
@@ -134,8 +134,8 @@ def preprocess(
     inner = [max(1, round(side * scale)) for side in images.shape[-2:]]
     pixels = images.contiguous().float().div(255)
     if scale != 1.0:
-        # Said outright: the same resize without antialias moves scores by more than their spread, and the
-        # default of torchvision, which the original relies on, changed between versions.
+        # Said outright: without antialias the same resize reorders images, and the default of torchvision,
+        # which the original relies on, changed between versions.
         pixels = functional.interpolate(pixels, inner, mode="bicubic", align_corners=False, antialias=True)
     spare_y, spare_x = size - inner[0], size - inner[1]
     left, top = spare_x // 2, spare_y // 2
@@ -147,18 +147,19 @@ def preprocess(
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
     """Name -> tensor from a safetensors file or a torch checkpoint, also one nested under "state_dict".
 
-    Raises ScoringError for a checkpoint that holds anything but plain data: unpickling such a file runs its
-    code.
+    Raises ScoringError for a damaged file, and for a checkpoint that holds anything but plain data:
+    unpickling such a file runs its code.
     """
     import pickle
     import zipfile
 
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         # Only zip checkpoints can be mapped; without the mapping a ViT-H needs its 4 GB of memory twice.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
@@ -166,6 +167,8 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: not a checkpoint of plain tensors; refused, as loading it could run code: {error} "
             "If you trust the file, convert it to safetensors once on an isolated machine."
         ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ScoringError(f"{path}: does not load: {error}") from error
     state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ScoringError(f"{path}: holds no state dict of tensors")

@@ -123,15 +123,24 @@ def _projected(output: Any) -> torch.Tensor:
 
 
 def _load_model(folder: Path) -> torch.nn.Module:
+    """The model in float32. Raises ScoringError for weights that are damaged, unsafe or incomplete."""
     import pickle
 
     import torch
+    from safetensors import SafetensorError
     from transformers import CLIPModel
 
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "output_loading_info": True}
     try:
-        return CLIPModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model, report = CLIPModel.from_pretrained(folder, **options)
     except pickle.UnpicklingError as error:
         raise ScoringError(f"{folder}: the weights are a pickle of more than tensors: {error}") from error
+    except SafetensorError as error:
+        raise ScoringError(f"{folder}: the weights do not load: {error}") from error
+    # transformers fills what a checkpoint lacks with random numbers, and what comes out looks like scores.
+    if missing := sorted(report["missing_keys"]):
+        raise ScoringError(f"{folder}: {len(missing)} tensors of a CLIPModel are missing, first {missing[0]}")
+    return model
 
 
 def _weights_folder(source: ScorerSource) -> tuple[Path, str]:

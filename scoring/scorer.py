@@ -75,7 +75,7 @@ class ScorerSource:
 
 
 def known_scorers(sources: Mapping[str, ScorerSource]) -> list[str]:
-    """Every name there is, sorted: the built-ins, the plug-ins of installed packages, and what sources bind."""
+    """Every name there is, sorted: built-ins, plug-ins of installed packages, and what sources bind."""
     return sorted({*BUILTINS, *_plugins(), *sources})
 
 

@@ -183,7 +183,8 @@ def agreement(
 def _pairwise_signs(values: np.ndarray) -> np.ndarray:
     """Sign of the difference of every two values, shape (k (k - 1) / 2,)."""
     first, second = np.triu_indices(len(values), 1)
-    return np.sign(values[first] - values[second])
+    signs: np.ndarray = np.sign(values[first] - values[second])
+    return signs
 
 
 def _count(goodness: np.ndarray, tie_tolerance: float) -> tuple[int, int, int]:
@@ -209,5 +210,4 @@ def _group_codes(a: np.ndarray, b: np.ndarray, groups: Sequence[str], what: str)
     bad = np.flatnonzero(~(np.isfinite(a) & np.isfinite(b)))
     if len(bad):
         raise ValueError(f"{what}: scores at {bad[0]} ({groups[bad[0]]!r}) are {a[bad[0]]} and {b[bad[0]]}")
-    codes: np.ndarray = np.unique(np.asarray(groups), return_inverse=True)[1]
-    return codes
+    return np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -24,7 +24,7 @@ RECORD = "checkpoint.json"
 class CheckpointRecord:
     """A finished training run. model: what to load. beta and kappa: see `training.losses.kappa_of`.
 
-    sha256: of the trained weights file. pairs: trainable pairs. metrics: means over the last tenth of the run.
+    sha256: see `weights_sha256`. pairs: trainable pairs. metrics: means over the last tenth of the run.
     """
 
     model: ModelRef
@@ -104,7 +104,15 @@ def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict[str, An
     return int(newest.name.split("-")[1]), load_file(newest / "weights.safetensors"), optimizer
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def weights_sha256(path: Path) -> str:
+    """Hex digest over the names, types and values of a safetensors file.
+
+    Not over its bytes: the library writes the header's metadata in an order that changes from run to run.
+    """
+    from safetensors.torch import load_file
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -37,7 +37,7 @@ table = pa.ipc.open_file(pa.memory_map("{file}")).read_all()
 # datasets: decodes the images; copies everything into its cache, so do not train through it
 rows = datasets.load_dataset("arrow", data_files="*.arrow", split="train")
 # polars
-frame = polars.read_ipc("{file}", memory_map=False)
+frame = polars.read_ipc("{file}")
 # duckdb has no float16 type: leave those columns out
 light = table.drop_columns([field.name for field in table.schema if "halffloat" in str(field.type)])
 duckdb.sql("SELECT caption, label_0 FROM light WHERE has_label")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 FAMILIES = ("StableDiffusionPipeline",)
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""The name diffusers gives a LoRA. Offline it must be said on loading: the libraries do not look for it then."""
 
 
 class ModelError(ValueError):
@@ -122,7 +124,7 @@ def load_pipeline(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "S
 
 def fuse_adapter(unet: "UNet2DConditionModel", adapter: str) -> None:
     """Add a LoRA to the weights for good: sampling never needs the two apart, and fused layers cost nothing."""
-    unet.load_lora_adapter(adapter, adapter_name="fused", prefix="unet")
+    unet.load_lora_adapter(adapter, weight_name=ADAPTER_FILE, adapter_name="fused", prefix="unet")
     unet.fuse_lora(adapter_names=["fused"])
     unet.unload_lora()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from training.models import ModelError, ModelRef, fuse_adapter, load_unet, prefer_channels_last, resolve_dtype
+from training.models import ADAPTER_FILE, ModelError, ModelRef, fuse_adapter, load_unet, prefer_channels_last, resolve_dtype
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -55,7 +55,7 @@ class LoraPolicy:
     def _start_from(self, adapter: str, lora: Lora) -> None:
         """The champion's adapter twice: frozen as the reference, and as where the policy starts."""
         for name in (REFERENCE, POLICY):
-            self.unet.load_lora_adapter(adapter, adapter_name=name, prefix="unet")
+            self.unet.load_lora_adapter(adapter, weight_name=ADAPTER_FILE, adapter_name=name, prefix="unet")
         rank = self.unet.peft_config[POLICY].r
         if rank != lora.rank:
             raise ModelError(
@@ -104,7 +104,7 @@ class LoraPolicy:
         config = self.unet.peft_config[POLICY].to_dict()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=config)
-        return folder / "pytorch_lora_weights.safetensors"
+        return folder / ADAPTER_FILE
 
 
 class FullPolicy:

@@ -48,6 +48,9 @@ class ShardRecord:
     sha256: str
 
 
+Splits: TypeAlias = Mapping[str, Sequence[ShardRecord]]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The seal of a complete data set."""
@@ -110,7 +113,11 @@ def write_text(path: StrPath, text: str) -> None:
 
 def write_json(path: StrPath, obj: object) -> None:
     """Replace a JSON file as a whole. NaN and infinity are refused, since JSON has neither: write null."""
-    write_text(path, json.dumps(obj, sort_keys=True, indent=2, allow_nan=False) + "\n")
+    try:
+        text = json.dumps(obj, sort_keys=True, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: not written: {error}. JSON has no NaN or infinity; write null.") from error
+    write_text(path, text + "\n")
 
 
 def write_shard(path: StrPath, batches: Batches, schema: pa.Schema) -> ShardRecord:
@@ -200,7 +207,7 @@ def _check_major(path: StrPath, version: object) -> None:
 
 def _count_rows(path: Path, reader: pa.ipc.RecordBatchFileReader) -> int:
     with _readable(path):
-        return reader.count_rows()
+        return int(reader.count_rows())
 
 
 def read_shard(path: StrPath, columns: Sequence[str] | None = None) -> pa.Table:
@@ -256,9 +263,7 @@ def _cell(column: pa.Array, row: int) -> Any:
     return column[row].as_py()
 
 
-def make_manifest(
-    records: Mapping[str, Sequence[ShardRecord]], config_hash: str, created_at: str
-) -> Manifest:
+def make_manifest(records: Splits, config_hash: str, created_at: str) -> Manifest:
     """The manifest before it is published: the data-set card quotes it and must be there first."""
     splits = {split: tuple(records[split]) for split in sorted(records)}
     sums = "".join(shard.sha256 for shards in splits.values() for shard in shards)
@@ -266,9 +271,7 @@ def make_manifest(
     return Manifest(dataset_id, pairs.SCHEMA_VERSION, config_hash, created_at, splits)
 
 
-def write_manifest(
-    folder: StrPath, records: Mapping[str, Sequence[ShardRecord]], config_hash: str, created_at: str
-) -> Path:
+def write_manifest(folder: StrPath, records: Splits, config_hash: str, created_at: str) -> Path:
     """Seal a folder whose shards are all published; refuse when one is absent or has another size."""
     manifest = make_manifest(records, config_hash, created_at)
     for shard in manifest.shards:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from training.checkpoint import CheckpointRecord, load_state, publish_folder, save_state, sha256_file
+from training.checkpoint import CheckpointRecord, load_state, publish_folder, save_state, weights_sha256
 from training.dataset import PairBatch, PreferencePairs, positions_of_step
 from training.losses import LossOutput, PairErrors, diffusion_dpo, kappa_of, squared_error
 from training.models import ModelRef, load_noise_schedule, resolve_device
@@ -18,8 +18,7 @@ from training.noise import draw, target
 from training.policy import FullPolicy, Lora, LoraPolicy, Policy
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
 METRICS = "metrics.jsonl"
 Metrics = dict[str, float]
@@ -110,7 +109,7 @@ class _Run:
 
         device = resolve_device(plan.device)
         self.plan = plan
-        self.accelerator: Accelerator = Accelerator(cpu=device == "cpu", mixed_precision=plan.mixed_precision)
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=plan.mixed_precision)
         self.device = self.accelerator.device
         self.pairs = PreferencePairs(Path(plan.pairs))
         self.schedule = load_noise_schedule(plan.model)
@@ -191,7 +190,7 @@ class _Run:
             model = ModelRef(plan.model.base, plan.model.revision, str(output / kind), None)
         record = CheckpointRecord(
             model, plan.method, plan.steps, len(self.pairs), plan.beta, kappa_of(plan.beta),
-            sha256_file(weights), final_metrics(history),
+            weights_sha256(weights), final_metrics(history),
         )  # fmt: skip
         record.write(output)
         return record

@@ -1,4 +1,4 @@
-"""Tiny random models in the real file formats, so that the tests run the real loading and scoring code offline."""
+"""Tiny random models in the real file formats: the tests run the real loading and scoring code, offline."""
 
 import json
 from collections.abc import Iterator
@@ -7,12 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-# The sizes at which resizing and padding can go wrong: square, portrait, landscape, one pixel, one pixel too large, one
-# too small, exact, exact and not square (where the original package fails), very wide, three rows (an ambiguous axis).
+# The sizes at which resizing and padding can go wrong: square, portrait, landscape, one pixel, one pixel too
+# large, one too small, exact, very wide, portrait again, and three rows, where the channel axis is ambiguous.
 SHAPES = [
     (64, 64), (96, 48), (48, 96), (1, 1), (225, 224), (223, 223), (224, 224), (31, 2000), (100, 37), (3, 40),
 ]  # fmt: skip
-PROMPTS = ["a red circle", "It’s a &amp; b, naïve café", "", "a red circle", "two blue squares on green " * 20]
+PROMPTS = [
+    "a red circle",
+    "It\u2019s a &amp; b, naïve café",
+    "",
+    "a red circle",
+    "two blue squares on green " * 20,
+]
 
 HPSV2_CONFIG = {
     "embed_dim": 16,
@@ -40,7 +46,9 @@ def hpsv2_folder(hpsv2_state: dict, tmp_path_factory: pytest.TempPathFactory) ->
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("hpsv2")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": HPSV2_CONFIG, "preprocess_cfg": {}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": HPSV2_CONFIG, "preprocess_cfg": {}})
+    )
     save_file(hpsv2_state, folder / "open_clip_model.safetensors")
     return folder
 
@@ -75,6 +83,21 @@ def pickscore_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.logit_scale.fill_(float(np.log(100)))  # where the published model ended up
     model.save_pretrained(folder)
     return folder
+
+
+class Bomb:
+    """Creates a file when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture(scope="session")
+def bomb() -> type[Bomb]:
+    return Bomb
 
 
 @pytest.fixture(scope="session", params=["hpsv2", "pickscore"])

@@ -35,7 +35,9 @@ def test_min_margin_is_inclusive() -> None:
 
 
 @given(GROUPS, st.booleans(), MARGINS)
-def test_all_pairs_is_every_ordered_pair_that_qualifies(scores: np.ndarray, higher: bool, margin: float) -> None:
+def test_all_pairs_is_every_ordered_pair_that_qualifies(
+    scores: np.ndarray, higher: bool, margin: float
+) -> None:
     k, sign = len(scores), 1 if higher else -1
     expected = {
         (w, b, sign * (scores[w] - scores[b]))
@@ -49,7 +51,9 @@ def test_all_pairs_is_every_ordered_pair_that_qualifies(scores: np.ndarray, high
 
 
 @given(GROUPS, st.booleans(), MARGINS)
-def test_best_vs_worst_has_the_largest_margin_of_all_pairs(scores: np.ndarray, higher: bool, margin: float) -> None:
+def test_best_vs_worst_has_the_largest_margin_of_all_pairs(
+    scores: np.ndarray, higher: bool, margin: float
+) -> None:
     best, every = best_vs_worst(scores, higher, margin), all_pairs(scores, higher, margin)
     assert (best is None) == (not every)
     if best is not None:
@@ -63,7 +67,7 @@ def test_lower_is_better_equals_negated_scores(scores: np.ndarray, margin: float
 
 
 def test_spread_by_hand() -> None:
-    """Groups (0, 2) and (10, 16): means 1 and 13, squares 1+1 and 9+9, pooled sqrt(20 / (2 * 1)) = sqrt(10)."""
+    """Groups (0, 2) and (10, 16): squares 1 + 1 and 9 + 9, pooled sqrt(20 / (2 * 1)) = sqrt(10)."""
     assert margin_from_spread(np.array([[0.0, 2.0], [10.0, 16.0]])) == pytest.approx(np.sqrt(10))
 
 
@@ -89,7 +93,7 @@ def test_pairs_do_not_depend_on_the_unit_of_the_scorer(
 
 
 def test_pair_groups_measures_the_margin_in_pooled_deviations() -> None:
-    """Spread of (0, 2) and (0, 6) is sqrt((2 + 18) / 2) = 3.16: at 1 sd only the second prompt is clear enough."""
+    """Spread of (0, 2) and (0, 6) is sqrt((2 + 18) / 2) = 3.16: at 1 sd only the second is clear."""
     scores = np.array([[0.0, 2.0], [0.0, 6.0]])
     assert pair_groups(scores, "best-vs-worst", True, 1.0) == [[], [Pair(1, 0, 6.0)]]
     assert pair_groups(scores, "best-vs-worst", True, 0.0) == [[Pair(1, 0, 2.0)], [Pair(1, 0, 6.0)]]

@@ -26,8 +26,9 @@ CONFIDENCES = st.sampled_from([0.8, 0.95, 0.99])
 def test_tango_published_value() -> None:
     """Complete response before and after therapy (Cavo et al. 2012), table 59, 6, 16, 80.
 
-    The R package contingencytables of Fagerland, Lydersen and Laake prints the Tango interval -0.1240 to -0.0054 of the
-    difference of paired proportions, and P = 0.052479 for the exact conditional McNemar test, which is the sign test.
+    The R package contingencytables of Fagerland, Lydersen and Laake prints the Tango interval -0.1240 to
+    -0.0054 of the difference of paired proportions, and P = 0.052479 for the exact conditional McNemar test,
+    which is the sign test.
     """
     low, high = win_rate_interval(6, 59 + 80, 16)
     assert 2 * low - 1 == pytest.approx(-0.1240, abs=5e-5)
@@ -36,7 +37,7 @@ def test_tango_published_value() -> None:
 
 
 def _score_z(delta: float, wins: int, ties: int, losses: int) -> float:
-    """Tango's statistic with the constrained maximum likelihood found numerically instead of by his formula."""
+    """Tango's statistic with the constrained maximum likelihood found numerically."""
     total = wins + ties + losses
 
     def negative_log_likelihood(loss: float) -> float:
@@ -44,11 +45,15 @@ def _score_z(delta: float, wins: int, ties: int, losses: int) -> float:
         return -sum(count * math.log(max(p, 1e-300)) for count, p in parts if count)
 
     bounds = (max(0.0, -delta), (1 - delta) / 2)
-    q = optimize.minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-13}).x
+    q = optimize.minimize_scalar(
+        negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-13}
+    ).x
     return (wins - losses - total * delta) / math.sqrt(total * (2 * q + delta - delta * delta))
 
 
-@pytest.mark.parametrize("counts", [(6, 139, 16), (30, 5, 10), (12, 0, 3), (1, 40, 1), (3, 97, 0), (5, 2, 200)])
+@pytest.mark.parametrize(
+    "counts", [(6, 139, 16), (30, 5, 10), (12, 0, 3), (1, 40, 1), (3, 97, 0), (5, 2, 200)]
+)
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_tango_ends_solve_the_score_equation(counts: tuple[int, int, int], confidence: float) -> None:
     low, high = win_rate_interval(*counts, confidence)
@@ -59,7 +64,7 @@ def test_tango_ends_solve_the_score_equation(counts: tuple[int, int, int], confi
 
 @pytest.mark.parametrize("n", [1, 2, 10, 500])
 def test_edges_in_closed_form(n: int) -> None:
-    """All wins: Wilson's lower end n / (n + z^2). Only ties: delta up to z^2 / (n + z^2) in both directions."""
+    """All wins: Wilson's lower end n / (n + z^2). Only ties: |delta| up to z^2 / (n + z^2)."""
     z2 = scipy_stats.norm.ppf(0.975) ** 2
     assert win_rate_interval(n, 0, 0) == pytest.approx((n / (n + z2), 1.0), abs=1e-12)
     assert win_rate_interval(0, 0, n) == pytest.approx((0.0, z2 / (n + z2)), abs=1e-12)
@@ -74,7 +79,9 @@ def test_without_ties_it_is_wilson(wins: int, losses: int, confidence: float) ->
 
 
 @given(COUNTS, CONFIDENCES)
-def test_interval_contains_the_estimate_inside_the_unit_range(counts: tuple[int, int, int], confidence: float) -> None:
+def test_interval_contains_the_estimate_inside_the_unit_range(
+    counts: tuple[int, int, int], confidence: float
+) -> None:
     wins, ties, losses = counts
     low, high = win_rate_interval(wins, ties, losses, confidence)
     assert 0 <= low <= (wins + ties / 2) / sum(counts) <= high <= 1
@@ -103,9 +110,11 @@ def _interval(wins: int, ties: int, losses: int) -> tuple[float, float]:
     return win_rate_interval(wins, ties, losses)
 
 
-@pytest.mark.parametrize(("p_win", "p_tie"), [(0.5, 0.0), (0.3, 0.4), (0.6, 0.2), (0.15, 0.7), (0.8, 0.1), (0.2, 0.3)])
+@pytest.mark.parametrize(
+    ("p_win", "p_tie"), [(0.5, 0.0), (0.3, 0.4), (0.6, 0.2), (0.15, 0.7), (0.8, 0.1), (0.2, 0.3)]
+)
 def test_coverage_is_nominal(p_win: float, p_tie: float) -> None:
-    """Exact coverage of the 95 % interval at 40 prompts: the probabilities of all outcomes that cover, summed."""
+    """Exact coverage at 40 prompts: the probabilities of all outcomes whose 95 % interval covers, summed."""
     n, truth = 40, p_win + p_tie / 2
     outcomes = [(w, n - w - b, b) for w in range(n + 1) for b in range(n + 1 - w)]
     weights = scipy_stats.multinomial.pmf(outcomes, n, [p_win, p_tie, 1 - p_win - p_tie])

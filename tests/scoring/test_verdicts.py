@@ -23,7 +23,7 @@ SIDES = st.lists(st.tuples(*[st.integers(-3, 3)] * 2), min_size=2, max_size=12)
 
 
 def test_verdict_by_hand() -> None:
-    """Differences +1 +1 +1 0 -2 of five prompts: 3 wins, 1 tie, 1 loss, win rate 3.5 / 5, mean difference 0.2."""
+    """Differences +1 +1 +1 0 -2 of five prompts: 3 wins, 1 tie, 1 loss, rate 3.5 / 5, mean 0.2."""
     base = np.array([1.0, 2.0, 3.0, 4.0, 5.0], dtype=np.float32)
     tuned = np.array([2.0, 3.0, 4.0, 4.0, 3.0], dtype=np.float32)
     verdict = judge_pairs("oracle", base, tuned, IDS, True, True)
@@ -68,7 +68,10 @@ def test_lower_is_better_turns_the_win_rate_but_not_the_units(sides: list[tuple[
 def test_swapping_the_sides_mirrors_the_verdict(sides: list[tuple[int, int]]) -> None:
     base, tuned = (np.array([pair[i] for pair in sides]) for i in range(2))
     ids = [str(i) for i in range(len(sides))]
-    one, other = judge_pairs("j", base, tuned, ids, True, True), judge_pairs("j", tuned, base, ids, True, True)
+    one, other = (
+        judge_pairs("j", base, tuned, ids, True, True),
+        judge_pairs("j", tuned, base, ids, True, True),
+    )
     assert (one.low, one.high) == pytest.approx((1 - other.high, 1 - other.low))
     assert one.mean_difference == -other.mean_difference
     assert one.p_value == other.p_value
@@ -126,7 +129,7 @@ BETTER, WORSE, UNCLEAR = (0.51, 0.7), (0.3, 0.49), (0.4, 0.6)
     ],
 )
 def test_gate_truth_table(held_out: list, optimised: list, promoted: bool) -> None:
-    """Only held-out judges decide: one must be entirely above 0.5, none entirely below; 0.5 itself is neither."""
+    """Only held-out judges decide: one entirely above 0.5, none entirely below; 0.5 is neither."""
     verdicts = [_verdict(f"held{i}", True, *ends) for i, ends in enumerate(held_out)]
     verdicts += [_verdict(f"opt{i}", False, *ends) for i, ends in enumerate(optimised)]
     decision = gate(verdicts)
@@ -143,6 +146,7 @@ def test_gate_reasons_carry_the_numbers() -> None:
         "Held-out judge clip: better; win rate 0.600 [0.512, 0.688] at 95% over 100 prompts "
         "(55 wins, 10 ties, 35 losses; sign test p = 0.0123, Holm 0.0123).",
         "Optimised judge pickscore: better; win rate 0.605 [0.510, 0.700] at 95% over 100 prompts "
-        "(50 wins, 0 ties, 50 losses; sign test p = 0.5, Holm 0.5). It labelled training data and has no vote.",
+        "(50 wins, 0 ties, 50 losses; sign test p = 0.5, Holm 0.5). "
+        "It labelled training data and has no vote.",
     ]
     assert "no held-out judge took part" in gate([_verdict("pickscore", False, *BETTER)]).reasons[0]

@@ -44,8 +44,9 @@ def test_each_ingredient_changes_the_pair_id() -> None:
 
 
 def test_numpy_integers_make_the_same_ids() -> None:
-    assert pairs.candidate_id("p", np.int64(7), "m", "c") == pairs.candidate_id("p", 7, "m", "c")
-    assert pairs.seed_for(np.int64(1), "p", np.int32(2)) == pairs.seed_for(1, "p", 2)
+    one, two, seven = np.array([1, 2, 7], np.int64)
+    assert pairs.candidate_id("p", seven, "m", "c") == pairs.candidate_id("p", 7, "m", "c")
+    assert pairs.seed_for(one, "p", two) == pairs.seed_for(1, "p", 2)
 
 
 def test_seeds_are_distinct_and_fit_an_int64() -> None:
@@ -152,9 +153,7 @@ def test_latents_of_a_slice_are_the_rows_of_the_slice_and_a_view() -> None:
     assert np.array_equal(pairs.latents(column), values)
     assert np.array_equal(pairs.latents(column.slice(2, 2)), values[2:4])
     assert pairs.latents(column.slice(2)).ctypes.data == pairs.latents(column).ctypes.data + 2 * 4 * 2
-    assert np.array_equal(
-        pairs.latents(pa.chunked_array([column.slice(3), column.slice(0, 1)])), values[[3, 4, 0]]
-    )
+    assert np.array_equal(pairs.latents(pa.chunked_array([column.slice(3), column.slice(0, 1)])), values[[3, 4, 0]])
     assert pairs.latents(column.slice(5)).shape == (0, 4)
     assert pairs.latents(pa.chunked_array([], column.type)).shape == (0, 4)
 

@@ -60,8 +60,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
     halves = {name for name in SCHEMA.names if pa.types.is_fixed_size_list(SCHEMA.field(name).type)}
     arrays = {name: np.array(columns[name], np.float16) for name in halves}
     built = [
-        pairs.latent_column(arrays[f.name]) if f.name in halves else pa.array(columns[f.name], f.type)
-        for f in SCHEMA
+        pairs.latent_column(arrays[f.name]) if f.name in halves else pa.array(columns[f.name], f.type) for f in SCHEMA
     ]
     return pa.Table.from_arrays(built, schema=SCHEMA)
 
@@ -132,7 +131,7 @@ def test_rows_of_another_schema_are_not_written(folder: Path) -> None:
 # Kills, failing disks, left-overs
 
 
-def in_child(work: Callable[[], None], kill_after: float | None = None) -> bool:
+def in_child(work: Callable[[], object], kill_after: float | None = None) -> bool:
     """Run in a fork; True when it came to its end, False when it was killed."""
     pid = os.fork()
     if pid == 0:
@@ -191,9 +190,7 @@ def test_a_kill_at_any_step_leaves_whole_files_and_a_rerun_makes_the_same_bytes(
     folder: Path, reference: dict[str, bytes]
 ) -> None:
     steps = build_in_steps(folder / "count", last=0)
-    assert (
-        steps == SHARDS * (4 + 2 * 3) + 2 * 3
-    )  # 4 batches, then fsync, replace, fsync; the manifest has no batch
+    assert steps == SHARDS * (4 + 2 * 3) + 2 * 3  # 4 batches, then fsync, replace, fsync; the manifest has no batch
     orphans = 0
     for last in range(1, steps + 1):
         place = folder / str(last)
@@ -206,11 +203,16 @@ def test_a_kill_at_any_step_leaves_whole_files_and_a_rerun_makes_the_same_bytes(
 
 
 def test_kills_at_random_instants(folder: Path, reference: dict[str, bytes]) -> None:
-    """One data set is killed and resumed until it is complete, five times over."""
+    """Five data sets, each killed and resumed until it is complete.
+
+    Twelve steps of 5 ms take longer than the longest first delay, so each is killed at least once; the delays
+    grow, so that a slow machine comes to an end too.
+    """
     instants, kills = random.Random(0), 0
     for place in (folder / str(number) for number in range(5)):
-        work = functools.partial(build, place, lambda: time.sleep(0.002))
-        while not in_child(work, kill_after=instants.uniform(0.001, 0.04)):
+        work = functools.partial(build, place, lambda: time.sleep(0.005))
+        delays = (instants.uniform(0.001, 0.05) * 1.2**attempt for attempt in itertools.count())
+        while not in_child(work, kill_after=next(delays)):
             kills += 1
             if place.exists():
                 assert_visible_is_complete(place, reference)
@@ -279,7 +281,7 @@ def test_stale_temporaries_of_the_same_shard_go_and_others_stay(folder: Path) ->
 def test_json_is_sorted_and_refuses_nan(folder: Path) -> None:
     shards.write_json(folder / "a.json", {"b": 1, "a": [None]})
     assert (folder / "a.json").read_text() == '{\n  "a": [\n    null\n  ],\n  "b": 1\n}\n'
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match=r"a\.json: not written: .*write null"):
         shards.write_json(folder / "a.json", float("nan"))
     assert json.loads((folder / "a.json").read_text())["b"] == 1
 
@@ -346,9 +348,7 @@ def test_levels_and_a_missing_manifest(folder: Path) -> None:
 def test_missing_stray_and_shorter_shards_are_named(folder: Path) -> None:
     build(folder)
     (folder / "00003-of-00003.arrow").write_bytes(b"")
-    with pytest.raises(
-        ShardError, match=r"00003-of-00003.arrow: found a shard that manifest.json does not name"
-    ):
+    with pytest.raises(ShardError, match=r"00003-of-00003.arrow: found a shard that manifest.json does not name"):
         shards.verify(folder, "open")
     (folder / "00003-of-00003.arrow").rename(folder / ".aside")
     os.truncate(folder / "00001-of-00003.arrow", 100)
@@ -373,9 +373,7 @@ def test_a_shard_of_another_plan_is_not_adopted(folder: Path) -> None:
     assert shards.adopt_shard(folder / "absent.arrow", SCHEMA) is None
     assert shards.adopt_shard(path, SCHEMA, 1) == shards.adopt_shard(path, None)
     other = pairs.pair_schema(4, 2, ["clip"], METADATA | {"config_hash": "other"})
-    with pytest.raises(
-        ShardError, match=r'config_hash is "c0ffee", expected "other". Another plan wrote it: delete'
-    ):
+    with pytest.raises(ShardError, match=r'config_hash is "c0ffee", expected "other". Another plan wrote it: delete'):
         shards.adopt_shard(path, other)
     with pytest.raises(ShardError, match="found 1 rows, expected 2"):
         shards.adopt_shard(path, SCHEMA, 2)
@@ -433,9 +431,7 @@ def test_the_manifest_tells_what_was_sealed(folder: Path) -> None:
     assert (manifest.rows, len(manifest.shards), manifest.config_hash) == (SHARDS * ROWS, SHARDS, "c0ffee")
     later = shards.make_manifest(manifest.splits, "c0ffee", "2027-01-01T00:00:00Z")
     assert later.dataset_id == manifest.dataset_id and later.created_at != manifest.created_at
-    assert (
-        shards.make_manifest({"train": manifest.shards[1:]}, "c0ffee", "").dataset_id != manifest.dataset_id
-    )
+    assert shards.make_manifest({"train": manifest.shards[1:]}, "c0ffee", "").dataset_id != manifest.dataset_id
     found = json.loads((folder / shards.MANIFEST).read_text())
     assert found["format"] == "rlaif-shards" and found["splits"]["train"]["rows"] == SHARDS * ROWS
 

@@ -1,0 +1,259 @@
+"""One page a cycle that says what was done and what came of it, from what lies on disk and nothing else.
+
+The page is self-contained: no script, no external resource, so it can be mailed. Under Prefect the verdicts and some
+pictures are also published as artifacts.
+"""
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pyarrow as pa
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.context import TaskRunContext
+
+from scoring.scorer import ScorerInfo
+from scoring.statistics import Verdict, wilson_interval
+from tasks.charts import Picture, Scale, markdown, number, p_text, picture, signed, thumbnail_uri, training_panels
+from tasks.evaluate import Results
+from tasks.generate import trained_model
+from tasks.plan import Plan, read_plan
+from tasks.promote import read_champion
+from tasks.score import read_scores
+from tasks.workspace import Cycle, Experiment, Part
+from training.checkpoint import CheckpointRecord
+from training.pairs import read_metadata, score_column, trainable
+from training.shards import ShardRows, read_manifest, read_shard, write_text
+from training.trainer import METRICS
+
+SIDES: tuple[Part, Part] = ("base", "tuned")
+DRAWN, EXTREMES, ARTIFACT_PAIRS = 24, 6, 12
+"""Prompts shown on the page: drawn at random, of either extreme; and in the artifact."""
+ARTIFACT_SIDE = 128
+"""Pixels: twice ARTIFACT_PAIRS of the noisiest pictures of that size stay below 1 MB."""
+WINNER_DRIFT = 0.01
+"""Rise of the winner's error that is called drift. The error's target has unit variance, so this is 1 % of it: a
+healthy run stays at a fifth of it, a collapsing one goes to several times as much while its accuracy looks best."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one judge gave every held-out prompt; base and tuned: scores in the order of the prompts."""
+
+    info: ScorerInfo
+    base: np.ndarray
+    tuned: np.ndarray
+
+    @property
+    def gain(self) -> np.ndarray:
+        """How much better the tuned picture is, in the judge's unit; positive = better, whatever the orientation."""
+        return self.tuned - self.base if self.info.higher_is_better else self.base - self.tuned
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt on both sides. scores: (judge, base, tuned, gain)."""
+
+    prompt: str
+    base: Picture
+    tuned: Picture
+    scores: list[tuple[str, float, float, float]]
+
+
+@task(task_run_name="report")
+def write_report(experiment: Experiment, cycle: Cycle) -> Path:
+    """Write `report.html` of a decided cycle, anew each time, and publish artifacts when Prefect runs this."""
+    plan, results = read_plan(cycle), Results.read(cycle)
+    judged = read_judged(cycle, results)
+    values = page(experiment, cycle, plan, results, judged)
+    write_text(cycle.report, render(values))
+    if TaskRunContext.get():
+        headline = f"{experiment.folder.name}, cycle {plan.cycle}: {values['decision']['reasons'][0]}"
+        publish(headline, cycle, plan, results, judged)
+    return cycle.report
+
+
+def render(values: dict[str, Any]) -> str:
+    """The page. Prompts and names are foreign text: everything is escaped, and a value that is missing is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "signed": signed, "p": p_text}
+    return environment.get_template("report.html.j2").render(values)
+
+
+def page(
+    experiment: Experiment, cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]
+) -> dict[str, Any]:
+    """Everything the template shows, section by section."""
+    record = CheckpointRecord.read(cycle.training)
+    assert record is not None, "decided without a trained model"
+    return {
+        "experiment": experiment.folder.name,
+        "plan": plan,
+        "decision": json.loads(cycle.promotion.read_text()),
+        "results": results,
+        "scale": Scale.around(rate for v in [*results.verdicts, *results.control] for rate in (v.low, v.high)),
+        "uneven": [v.judge for v in results.control if not v.low <= 0.5 <= v.high],
+        "judged": judged,
+        "record": record,
+        **training_section(cycle, plan, record),
+        **picture_section(cycle, plan, results, judged),
+        **data_section(cycle, plan),
+        "history": history(experiment, cycle),
+        "recipe": json.dumps(plan.recipe.model_dump(), indent=2),
+        "snippet": snippet(cycle, plan, record),
+    }
+
+
+def read_judged(cycle: Cycle, results: Results) -> dict[str, Judged]:
+    """The evaluation's scores by judge."""
+    found = {}
+    for verdict in results.verdicts:
+        base, info = read_scores(cycle, "base", verdict.judge)
+        found[verdict.judge] = Judged(info, base, read_scores(cycle, "tuned", verdict.judge)[0])
+    return found
+
+
+def training_section(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> dict[str, Any]:
+    lines = (cycle.training / METRICS).read_text().splitlines()
+    history = [json.loads(line) for line in lines]
+    values = {name: np.array([step[name] for step in history]) for name in history[0]}
+    return {
+        "panels": training_panels(values, plan.recipe.training.max_grad_norm),
+        "pairs_per_second": float(np.median(values["pairs_per_second"])),
+        "drifted": record.metrics["winner_error_delta"] > WINNER_DRIFT,
+        "winner_drift": WINNER_DRIFT,
+    }
+
+
+def picture_section(cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]) -> dict[str, Any]:
+    """Pictures drawn at random, and those that one held-out judge finds worst and best."""
+    judge = next((v.judge for v in results.verdicts if v.held_out), results.verdicts[0].judge)
+    gain = judged[judge].gain
+    order = np.argsort(gain, kind="stable")
+    rows = {
+        "drawn": drawn_rows(plan, len(gain), DRAWN),
+        "worst": [int(row) for row in order[:EXTREMES] if gain[row] < 0],
+        "best": [int(row) for row in order[::-1][:EXTREMES] if gain[row] > 0],
+    }
+    shown = {name: [comparison(cycle, plan, judged, row) for row in found] for name, found in rows.items()}
+    return {"pictures": shown, "extremes_judge": judge}
+
+
+def drawn_rows(plan: Plan, prompts: int, count: int) -> list[int]:
+    """Held-out prompts drawn by the cycle's seed, so that nobody can choose the pretty ones."""
+    return [int(row) for row in np.random.default_rng(plan.cycle_seed).permutation(prompts)[:count]]
+
+
+def comparison(cycle: Cycle, plan: Plan, judged: dict[str, Judged], row: int) -> Comparison:
+    sides = [stored(cycle, plan, part, row) for part in SIDES]
+    scores = [(name, float(j.base[row]), float(j.tuned[row]), float(j.gain[row])) for name, j in judged.items()]
+    return Comparison(sides[0][0], picture(sides[0][1]), picture(sides[1][1]), scores)
+
+
+def stored(cycle: Cycle, plan: Plan, part: Part, row: int) -> tuple[str, bytes]:
+    """(prompt, encoded picture) of one held-out prompt; only its row is read."""
+    shard, local = divmod(row, plan.prompts_per_shard(part))
+    found = ShardRows(cycle.part(part, plan.shards(part)).candidates(shard)).row(local, ["caption", "image"])
+    return found["caption"], found["image"]["bytes"]
+
+
+def data_section(cycle: Cycle, plan: Plan) -> dict[str, Any]:
+    manifest = read_manifest(cycle.preferences)
+    tables = [read_shard(cycle.preferences / shard.file) for shard in manifest.shards]
+    created = datetime.fromisoformat(manifest.created_at).strftime("%Y-%m-%d %H:%M %Z")
+    return {
+        "created": created,
+        "manifest": manifest,
+        "candidates": plan.prompts["training"] * plan.images_per_prompt("training"),
+        "agreements": agreements(tables, plan),
+    }
+
+
+def agreements(tables: list[pa.Table], plan: Plan) -> list[dict[str, Any]]:
+    """How often each scorer whose scores the pairs carry prefers the winner; the one that labelled comes first."""
+    infos = [ScorerInfo(**values) for values in read_metadata(tables[0].schema)["scorers"]]
+    found = []
+    for name, info in zip(plan.scorer_names("training"), infos, strict=True):
+        agreed, pairs = agreement_with_labels(tables, name, info.higher_is_better)
+        low, high = wilson_interval(agreed, pairs, plan.recipe.gate.confidence)
+        found.append({"name": name, "info": info, "rate": agreed / pairs, "low": low, "high": high, "pairs": pairs})
+    return found
+
+
+def agreement_with_labels(tables: list[pa.Table], scorer: str, higher_is_better: bool) -> tuple[float, int]:
+    """(trainable pairs whose winner the scorer prefers, all trainable pairs); a tie counts half."""
+    names = [score_column(scorer, 0), score_column(scorer, 1), "label_0", "has_label", "are_different"]
+    pairs = pa.concat_tables([table.select(names) for table in tables])
+    first, second, label = (column.to_numpy() for column in pairs.filter(trainable(pairs)).columns[:3])
+    preferred = np.sign(first - second) * (1 if higher_is_better else -1)
+    return float((1 + preferred * np.sign(label - 0.5)).sum() / 2), len(label)
+
+
+def history(experiment: Experiment, cycle: Cycle) -> list[dict[str, Any]]:
+    """The experiment's decisions, oldest first; link: the sibling's report where there is one, relative to this one."""
+    entries = []
+    for entry in read_champion(experiment)["history"]:
+        report = experiment.cycle(entry["cycle"]).report
+        here = report == cycle.report
+        link = f"../{report.parent.name}/{report.name}" if report.is_file() and not here else None
+        entries.append({**entry, "link": link, "here": here})
+    return entries
+
+
+def snippet(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> str:
+    """Python that loads the trained model with diffusers alone."""
+    model, _ = trained_model(plan, cycle, record)
+    folder = cycle.folder.parent.parent
+    given = f"{model.base!r}" + (f", revision={model.revision!r}" if model.revision else "")
+    lines = ["from diffusers import DiffusionPipeline"]
+    if model.unet:
+        lines = ["from diffusers import DiffusionPipeline, UNet2DConditionModel"]
+        lines.append(f"unet = UNet2DConditionModel.from_pretrained({str(folder / model.unet)!r})")
+        given += ", unet=unet"
+    lines.append(f"pipeline = DiffusionPipeline.from_pretrained({given})")
+    if model.adapter:
+        lines.append(f"pipeline.load_lora_weights({str(folder / model.adapter)!r})")
+    return "\n".join(lines)
+
+
+def publish(headline: str, cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]) -> None:
+    """The verdicts as a table and some pictures, for Prefect's UI."""
+    verdicts = [verdict_row(verdict) for verdict in results.verdicts]
+    create_table_artifact(verdicts, key="verdicts", description=markdown(headline))
+    create_markdown_artifact(pictures_markdown(cycle, plan, judged), key="pictures", description=markdown(headline))
+
+
+def verdict_row(verdict: Verdict) -> dict[str, str]:
+    counts = f"{verdict.wins} / {verdict.ties} / {verdict.losses}"
+    return {
+        "judge": markdown(verdict.judge),
+        "kind": "held-out" if verdict.held_out else "optimised",
+        "win rate": f"{verdict.win_rate:.3f} [{verdict.low:.3f}, {verdict.high:.3f}]",
+        "wins / ties / losses": counts,
+        "sign test p": p_text(verdict.p_value),
+        "Holm p": p_text(verdict.p_holm),
+        "mean": f"{number(verdict.mean_base)} → {number(verdict.mean_tuned)}",
+    }
+
+
+def pictures_markdown(cycle: Cycle, plan: Plan, judged: dict[str, Judged]) -> str:
+    """A table of randomly drawn prompts with both pictures inside, below 1 MB."""
+    prompts = len(next(iter(judged.values())).base)
+    rows = [markdown_row(cycle, plan, judged, row) for row in drawn_rows(plan, prompts, ARTIFACT_PAIRS)]
+    head = ["Held-out prompts drawn at random.", "", "| prompt | base | tuned | scores |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows])
+
+
+def markdown_row(cycle: Cycle, plan: Plan, judged: dict[str, Judged], row: int) -> str:
+    (prompt, base), (_, tuned) = (stored(cycle, plan, part, row) for part in SIDES)
+    images = [f"![]({thumbnail_uri(data, ARTIFACT_SIDE)})" for data in (base, tuned)]
+    scores = [f"{markdown(name)} {number(j.base[row])} → {number(j.tuned[row])}" for name, j in judged.items()]
+    return f"| {markdown(prompt)} | {images[0]} | {images[1]} | {'<br>'.join(scores)} |"

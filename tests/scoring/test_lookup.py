@@ -1,0 +1,265 @@
+"""How scorers are found by name, checked without weights, and guarded."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from scoring.scorer import (
+    ScorerInfo,
+    ScorerSource,
+    ScoringError,
+    UnknownScorer,
+    check_scorer,
+    known_scorers,
+    load_scorer,
+    score_images,
+)
+from scoring.sources import fingerprint, is_hub_id
+
+PLUGIN = '''
+import numpy as np
+from types import SimpleNamespace
+
+class Brightness:
+    """A plug-in as a stranger writes it: it knows nothing of this project."""
+
+    def __init__(self, source=None, device="cpu", **options):
+        self.asked = {"source": source, "device": device, **options}
+        self.info = SimpleNamespace(name="brightness", version="1", unit="level", higher_is_better=True,
+                                    source="code", fingerprint="0")
+
+    def score(self, images, prompts):
+        return np.array([image.mean() for image in images], dtype=np.float32)
+
+    def close(self):
+        pass
+
+class Careless:
+    def __init__(self, source=None, device="cpu"):
+        self.info = SimpleNamespace(name="careless", version="1")
+'''
+IMAGES = [np.full((2, 3, 3), level, dtype=np.uint8) for level in (10, 20, 30)]
+PROMPTS = ["a", "b", "a cat"]
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An installed package: a module and the dist-info that announces it."""
+    (tmp_path / "brightness_plugin.py").write_text(PLUGIN)
+    info = tmp_path / "brightness_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: brightness-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rlaif.scorers]\nbrightness = brightness_plugin:Brightness\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "brightness_plugin", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "sources"),
+    [
+        ("brightness_plugin:Brightness", {}),
+        ("brightness", {}),
+        ("light", {"light": ScorerSource(factory="brightness_plugin:Brightness")}),
+        ("pickscore", {"pickscore": ScorerSource(factory="brightness_plugin:Brightness")}),
+    ],
+    ids=["dotted path", "entry point", "factory of a source", "factory in place of a built-in"],
+)
+def test_plugins_are_found(plugin: Path, name: str, sources: dict[str, ScorerSource]) -> None:
+    check_scorer(name, sources)
+    scorer = load_scorer(name, sources)
+    assert scorer.info.name == "brightness"
+    assert score_images(scorer, IMAGES, PROMPTS).tolist() == [10, 20, 30]
+
+
+def test_plugins_get_their_source_and_only_what_is_set(plugin: Path) -> None:
+    bound = {"brightness": ScorerSource("some/where")}
+    scorer: Any = load_scorer("brightness", bound, "cuda:1")
+    assert scorer.asked == {"source": "some/where", "device": "cuda:1"}
+    bound = {"brightness": replace(bound["brightness"], variant="dim", revision="abc")}
+    scorer = load_scorer("brightness", bound)
+    assert scorer.asked == {"source": "some/where", "device": "cpu", "variant": "dim", "revision": "abc"}
+
+
+def test_known_scorers(plugin: Path) -> None:
+    names = known_scorers({"mine": ScorerSource(factory="brightness_plugin:Brightness")})
+    assert names == sorted(names) and {"brightness", "hpsv2", "mine", "pickscore"} <= set(names)
+
+
+@pytest.mark.parametrize("use", [check_scorer, load_scorer])
+def test_unknown_scorer_lists_the_names(plugin: Path, use: Any) -> None:
+    with pytest.raises(
+        UnknownScorer, match="'hpsv3' is not known; known scorers: brightness, hpsv2, pickscore, or"
+    ):
+        use("hpsv3", {})
+    with pytest.raises(UnknownScorer, match="'mine' has a source but no factory"):
+        use("mine", {"mine": ScorerSource("some/where")})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:Class", "'no_such_module:Class' does not import: No module named 'no_such_module'"),
+        ("brightness_plugin:Missing", "does not import: .*Missing"),
+        ("brightness_plugin:", 'not of the form "package.module:Class"'),
+    ],
+)
+def test_dotted_paths_that_do_not_import(plugin: Path, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_scorer(name, {})
+
+
+def test_plugin_without_proper_info_is_refused(plugin: Path) -> None:
+    with pytest.raises(
+        ScoringError, match=r"Careless.* lacks in its info: unit, higher_is_better, source, fingerprint"
+    ):
+        load_scorer("brightness_plugin:Careless", {})
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "lacks"),
+    [
+        ("hpsv2", [], r"HPS_v2.1_compressed.safetensors or HPS_v2.1_compressed.pt; it holds nothing"),
+        ("hpsv2", ["HPS_v2_compressed.pt"], r".*v2.1_compressed.pt; it holds HPS_v2_compressed.pt"),
+        (
+            "hpsv2",
+            ["open_clip_config.json"],
+            "open_clip_model.safetensors or .*; it holds open_clip_config.json",
+        ),
+        ("pickscore", ["model.safetensors"], "config.json"),
+        ("pickscore", ["config.json"], "model.safetensors or "),
+    ],
+)
+def test_incomplete_folders_are_refused(name: str, files: list[str], lacks: str, tmp_path: Path) -> None:
+    for file in files:
+        (tmp_path / file).touch()
+    for use in (check_scorer, load_scorer):
+        with pytest.raises(ValueError, match=f"scorer '{name}': folder .* lacks {lacks}"):
+            use(name, {name: ScorerSource(str(tmp_path))})
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "pickscore"])
+def test_missing_folder_and_wrong_variant_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"scorer '{name}': no folder"):
+        check_scorer(name, {name: ScorerSource(str(tmp_path / "missing"))})
+    with pytest.raises(ValueError, match=f"scorer '{name}': unknown variant 'v9'"):
+        check_scorer(name, {name: ScorerSource(variant="v9")})
+
+
+def test_complete_folders_pass(hpsv2_folder: Path, pickscore_folder: Path) -> None:
+    for name, folder in (("hpsv2", hpsv2_folder), ("pickscore", pickscore_folder)):
+        check_scorer(name, {name: ScorerSource(str(folder))})
+
+
+def test_hub_ids_pass_online_and_need_the_cache_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = {
+        "hpsv2": ScorerSource("nobody/no-such-repository"),
+        "pickscore": ScorerSource("nobody/no-such-repository"),
+    }
+    for name in bound:
+        with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set and 'nobody/no-such-repository' is not"):
+            check_scorer(name, bound)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in bound:
+        check_scorer(name, bound)
+
+
+def test_hub_ids_and_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below an existing folder "weights", "weights/typo" is a mistyped folder and no user's repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights" / "here").mkdir(parents=True)
+    assert is_hub_id("xswu/HPSv2")
+    for folder in (
+        "weights/here",
+        "weights/typo",
+        "/xswu/HPSv2",
+        "./xswu",
+        "~/HPSv2",
+        "a/b/c",
+        "name",
+        "../x",
+    ):
+        assert not is_hub_id(folder), folder
+
+
+INFO = ScorerInfo("dummy", "1", "level", True, "code", "0")
+
+
+def _returns(value: Any) -> Any:
+    return SimpleNamespace(info=INFO, score=lambda images, prompts: value, close=lambda: None)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_scores_that_are_no_numbers_are_refused_by_name_and_prompt(bad: float) -> None:
+    """1e300 is finite as a double and infinite as the float32 that is stored."""
+    message = r"scorer 'dummy' returned .* for image 2 with prompt 'a cat' \(1 of 3 scores"
+    with pytest.raises(ScoringError, match=message):
+        score_images(_returns(np.array([1.0, 2.0, bad])), IMAGES, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.zeros((3, 1)), np.zeros(2), 1.0, ["a", "b", "c"], np.zeros(3, dtype=bool)]
+)
+def test_results_of_another_shape_or_kind_are_refused(bad: Any) -> None:
+    with pytest.raises(ScoringError, match=r"expected float32 of shape \(3,\)"):
+        score_images(_returns(bad), IMAGES, PROMPTS)
+
+
+def test_guard_converts_and_passes(recwarn: pytest.WarningsRecorder) -> None:
+    scores = score_images(_returns([1, 2, 3]), IMAGES, PROMPTS)
+    assert scores.dtype == np.float32 and scores.tolist() == [1, 2, 3]
+    assert score_images(_returns(None), [], []).shape == (0,)
+    with pytest.raises(ValueError, match="got 3 images and 1 prompts"):
+        score_images(_returns([1, 2, 3]), IMAGES, ["a"])
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    import pickle
+
+    for error in (UnknownScorer("x"), ScoringError("y")):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error) and str(copy) == str(error)
+
+
+def test_fingerprint_separates_facts_from_files(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    base = fingerprint([tmp_path / "a"], name="x", dtype="float32")
+    assert base == fingerprint([tmp_path / "a"], dtype="float32", name="x")
+    assert (
+        len({base, fingerprint([tmp_path / "a"], name="x", dtype="float16"), fingerprint([], name="x")}) == 3
+    )
+
+
+LIGHT = """
+import sys
+from pathlib import Path
+import scoring.scorer, scoring.pairing, scoring.statistics
+from scoring.scorer import ScorerSource, check_scorer, known_scorers
+known_scorers({})
+check_scorer("hpsv2", {"hpsv2": ScorerSource(sys.argv[1])})
+check_scorer("pickscore", {"pickscore": ScorerSource(sys.argv[2])})
+scoring.statistics.win_rate_interval(3, 2, 1)
+if len(sys.argv) > 3:
+    import scoring.hpsv2
+    scoring.hpsv2.HPSv2(sys.argv[1])
+print(sorted({"torch", "transformers", "open_clip", "prefect", "scipy.stats"} & set(sys.modules)))
+"""
+
+
+def test_checking_a_scorer_loads_neither_torch_nor_weights(
+    hpsv2_folder: Path, pickscore_folder: Path
+) -> None:
+    command = [sys.executable, "-c", LIGHT, str(hpsv2_folder), str(pickscore_folder)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_test_of_light_imports_can_fail(hpsv2_folder: Path, pickscore_folder: Path) -> None:
+    command = [sys.executable, "-c", LIGHT, str(hpsv2_folder), str(pickscore_folder), "load"]
+    assert "torch" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
