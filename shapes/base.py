@@ -28,7 +28,7 @@ from shapes.tokenizer import build_tokenizer, vocabulary
 from shapes.vae import encode_all
 from shapes.vae import load as load_vae
 
-STEPS, BATCH, RATE = 5000, 64, 1.5e-3
+STEPS, BATCH, RATE = 3000, 64, 2e-3
 PICTURES = 24576  # rendered and encoded once
 SINGLE_SHARE = 0.15  # of the pictures show one thing
 DROP = 0.1  # captions replaced by the empty one, so that guidance stays possible
@@ -42,7 +42,7 @@ def build_unet() -> UNet2DConditionModel:
         sample_size=8,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(48, 96),
+        block_out_channels=(32, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),

@@ -19,7 +19,7 @@ from shapes.stage import BUILD, average, begin, done, flat_then_linear, load_ten
 from shapes.world import Scene, parse
 
 GROUPS = 24  # a step: 24 captions with 4 pictures each
-STEPS = {"clean": 1600, "generated": 2200}
+STEPS = {"clean": 900, "generated": 1500}
 RATE = {"clean": 1.0e-3, "generated": 8e-4}
 SEEDS = {"pickscore": 11, "hpsv2": 12}
 RENDERED_GROUPS = 5000

@@ -190,4 +190,4 @@ def p_text(value: float) -> str:
 
 def markdown(text: str) -> str:
     """Foreign text as one line in a markdown table: nothing in it is taken for markup."""
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&-])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", " ".join(text.split()))

@@ -34,8 +34,7 @@ from training.trainer import METRICS
 SIDES: tuple[Part, Part] = ("base", "tuned")
 DRAWN, EXTREMES, ARTIFACT_PAIRS = 24, 6, 12
 """Prompts shown on the page: drawn at random, of either extreme; and in the artifact."""
-ARTIFACT_SIDE = 128
-"""Pixels: twice ARTIFACT_PAIRS of the noisiest pictures of that size stay below 1 MB."""
+ARTIFACT_SIDE = 128  # px; 24 of the noisiest pictures of that size stay below 1 MB
 WINNER_DRIFT = 0.01
 """Rise of the winner's error that is called drift. The error's target has unit variance, so this is 1 % of it: a
 healthy run stays at a fifth of it, a collapsing one goes to several times as much while its accuracy looks best."""
@@ -52,7 +51,7 @@ class Judged:
     @property
     def gain(self) -> np.ndarray:
         """How much better the tuned picture is, in the judge's unit; positive = better, whatever the orientation."""
-        return self.tuned - self.base if self.info.higher_is_better else self.base - self.tuned
+        return np.multiply(1 if self.info.higher_is_better else -1, self.tuned - self.base)
 
 
 @dataclass(frozen=True)
@@ -115,16 +114,15 @@ def page(
 def read_judged(cycle: Cycle, results: Results) -> dict[str, Judged]:
     """The evaluation's scores by judge."""
     found = {}
-    for verdict in results.verdicts:
-        base, info = read_scores(cycle, "base", verdict.judge)
-        found[verdict.judge] = Judged(info, base, read_scores(cycle, "tuned", verdict.judge)[0])
+    for judge in (verdict.judge for verdict in results.verdicts):
+        (base, info), (tuned, _) = (read_scores(cycle, part, judge) for part in SIDES)
+        found[judge] = Judged(info, base, tuned)
     return found
 
 
 def training_section(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> dict[str, Any]:
-    lines = (cycle.training / METRICS).read_text().splitlines()
-    history = [json.loads(line) for line in lines]
-    values = {name: np.array([step[name] for step in history]) for name in history[0]}
+    steps = [json.loads(line) for line in (cycle.training / METRICS).read_text().splitlines()]
+    values = {name: np.array([step[name] for step in steps]) for name in steps[0]}
     return {
         "panels": training_panels(values, plan.recipe.training.max_grad_norm),
         "pairs_per_second": float(np.median(values["pairs_per_second"])),
@@ -168,9 +166,8 @@ def stored(cycle: Cycle, plan: Plan, part: Part, row: int) -> tuple[str, bytes]:
 def data_section(cycle: Cycle, plan: Plan) -> dict[str, Any]:
     manifest = read_manifest(cycle.preferences)
     tables = [read_shard(cycle.preferences / shard.file) for shard in manifest.shards]
-    created = datetime.fromisoformat(manifest.created_at).strftime("%Y-%m-%d %H:%M %Z")
     return {
-        "created": created,
+        "created": datetime.fromisoformat(manifest.created_at).strftime("%Y-%m-%d %H:%M %Z"),
         "manifest": manifest,
         "candidates": plan.prompts["training"] * plan.images_per_prompt("training"),
         "agreements": agreements(tables, plan),
@@ -202,23 +199,19 @@ def history(experiment: Experiment, cycle: Cycle) -> list[dict[str, Any]]:
     entries = []
     for entry in read_champion(experiment)["history"]:
         report = experiment.cycle(entry["cycle"]).report
-        here = report == cycle.report
-        link = f"../{report.parent.name}/{report.name}" if report.is_file() and not here else None
-        entries.append({**entry, "link": link, "here": here})
+        link = f"../{report.parent.name}/{report.name}" if report.is_file() else None
+        entries.append({**entry, "link": link, "here": report == cycle.report})
     return entries
 
 
 def snippet(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> str:
     """Python that loads the trained model with diffusers alone."""
-    model, _ = trained_model(plan, cycle, record)
-    folder = cycle.folder.parent.parent
+    model, folder = trained_model(plan, cycle, record)[0], cycle.folder.parent.parent
     given = f"{model.base!r}" + (f", revision={model.revision!r}" if model.revision else "")
-    lines = ["from diffusers import DiffusionPipeline"]
+    lines = ["from diffusers import DiffusionPipeline" + (", UNet2DConditionModel" if model.unet else "")]
     if model.unet:
-        lines = ["from diffusers import DiffusionPipeline, UNet2DConditionModel"]
         lines.append(f"unet = UNet2DConditionModel.from_pretrained({str(folder / model.unet)!r})")
-        given += ", unet=unet"
-    lines.append(f"pipeline = DiffusionPipeline.from_pretrained({given})")
+    lines.append(f"pipeline = DiffusionPipeline.from_pretrained({given}{', unet=unet' if model.unet else ''})")
     if model.adapter:
         lines.append(f"pipeline.load_lora_weights({str(folder / model.adapter)!r})")
     return "\n".join(lines)
@@ -232,12 +225,11 @@ def publish(headline: str, cycle: Cycle, plan: Plan, results: Results, judged: d
 
 
 def verdict_row(verdict: Verdict) -> dict[str, str]:
-    counts = f"{verdict.wins} / {verdict.ties} / {verdict.losses}"
     return {
         "judge": markdown(verdict.judge),
         "kind": "held-out" if verdict.held_out else "optimised",
         "win rate": f"{verdict.win_rate:.3f} [{verdict.low:.3f}, {verdict.high:.3f}]",
-        "wins / ties / losses": counts,
+        "wins / ties / losses": f"{verdict.wins} / {verdict.ties} / {verdict.losses}",
         "sign test p": p_text(verdict.p_value),
         "Holm p": p_text(verdict.p_holm),
         "mean": f"{number(verdict.mean_base)} → {number(verdict.mean_tuned)}",

@@ -31,7 +31,7 @@ from tasks.pair import pair_candidates
 from tasks.plan import Plan, read_plan
 from tasks.promote import promote
 from tasks.recipe import SECTIONS, resolve
-from tasks.report import ARTIFACT_PAIRS, Judged, pictures_markdown, read_judged, write_report
+from tasks.report import ARTIFACT_PAIRS, Judged, pictures_markdown, read_judged, snippet, write_report
 from tasks.settings import Evaluation, Execution, Generation
 from tasks.workspace import Cycle, Experiment, Part
 from training.checkpoint import CheckpointRecord
@@ -130,9 +130,10 @@ def finished_cycle(
     draw_part(cycle, "training", 0.5, 8)
     pair_candidates.fn(cycle)
     train_part(cycle, winner_error)
-    for part, better in (("base", 0.5), ("tuned", 0.5 + effect), ("control", 0.5)):
-        if part != "control" or control:
-            draw_part(cycle, part, better, side)
+    draw_part(cycle, "base", 0.5, side)
+    draw_part(cycle, "tuned", 0.5 + effect, side)
+    if control:
+        draw_part(cycle, "control", 0.5, side)
     judge_models.fn(cycle)
     promote.fn(experiment, cycle)
     return experiment, cycle
@@ -323,7 +324,7 @@ def test_picture_artifact_is_small_and_its_cells_hold(tmp_path: Path, side: int)
 
 
 def test_foreign_text_is_no_markdown() -> None:
-    assert markdown("a|b\n<b>*c*") == r"a\|b \<b\>\*c\*"
+    assert markdown("a|b-c\n<b>*d*![](e)") == r"a\|b-c \<b\>\*d\*!\[\](e)"
 
 
 def test_artifacts_are_published_only_under_prefect(
@@ -379,3 +380,16 @@ def test_scale_holds_every_rate_and_has_one_half_in_the_middle() -> None:
     assert Scale.around([0.5]).half == pytest.approx(0.1)
     assert Scale.around([0.0]).half == pytest.approx(0.5)
     assert Scale(0.25).percent(0.5) == 50
+
+
+def test_a_fully_tuned_unet_is_loaded_as_such(finished: tuple[Experiment, Cycle, str]) -> None:
+    """An adapter goes on top of the base; a whole UNet replaces the base's."""
+    _, cycle, _ = finished
+    record = CheckpointRecord.read(cycle.training)
+    assert record is not None
+    lines = snippet(cycle, read_plan(cycle), dataclasses.replace(record, method="full")).splitlines()
+    assert lines == [
+        "from diffusers import DiffusionPipeline, UNet2DConditionModel",
+        f"unet = UNet2DConditionModel.from_pretrained('{cycle.training / 'unet'}')",
+        "pipeline = DiffusionPipeline.from_pretrained('shapes/models/base', unet=unet)",
+    ]

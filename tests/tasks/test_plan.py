@@ -1,0 +1,86 @@
+"""What is refused before anything is computed, and which run a start resumes."""
+
+from pathlib import Path
+
+import pytest
+
+from tasks.plan import begin_run, check, end_run
+from tasks.recipe import SECTIONS, ParameterError, Recipe, resolve
+from tasks.settings import Evaluation, Execution, Generation, Section
+from tasks.workspace import experiment_at
+
+NOTHING: dict[str, Section] = {name: kind() for name, kind in SECTIONS.items()}
+
+
+@pytest.fixture
+def recipe(tiny_preset: Path) -> Recipe:
+    return resolve(str(tiny_preset), 0, {}, NOTHING)
+
+
+def changed(preset: Path, flat: dict[str, object] | None = None, **sections: Section) -> Recipe:
+    return resolve(str(preset), 0, flat or {}, NOTHING | sections)
+
+
+def test_a_sound_recipe_passes(recipe: Recipe, tmp_path: Path) -> None:
+    training, evaluation = check(recipe, tmp_path / "new" / "workspace")
+    assert len(training) + len(evaluation) == 200
+
+
+@pytest.mark.parametrize(
+    ("flat", "message"),
+    [
+        ({"scorer": "nope"}, r"scorer='nope'.*hpsv2.*pickscore"),
+        ({"judges": ["pickscore", "nope"]}, r"judges='nope'.*hpsv2.*pickscore"),
+        ({"judges": ["pickscore"]}, r"none is held out"),
+        ({"base_model": "no/such/model"}, r"base_model='no/such/model'.*no such folder"),
+        ({"base_model": "owner/absent"}, r"base_model='owner/absent'.*hub"),
+        ({"prompts": "absent.txt"}, r"prompts='absent.txt'.*no such file"),
+    ],
+)
+def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[str, object], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        check(changed(tiny_preset, flat), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"generation": Generation(scheduler="Nope")}, r"generation\.scheduler='Nope'.*DDIMScheduler"),
+        ({"execution": Execution(device="cuda:77")}, r"execution\.device='cuda:77'.*cpu"),
+        ({"evaluation": Evaluation(prompts="absent.csv")}, r"evaluation\.prompts='absent\.csv'.*no such file"),
+        ({"generation": Generation(prompts_per_cycle=200, candidates=1024, height=65536)}, r"workspace=.*GiB are free"),
+    ],
+)
+def test_wrong_settings_are_refused(tiny_preset: Path, tmp_path: Path, section: dict[str, Section], message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        check(changed(tiny_preset, **section), tmp_path)
+
+
+def test_a_folder_that_is_no_model_is_refused(tiny_preset: Path, tmp_path: Path) -> None:
+    with pytest.raises(ParameterError, match=r"no model_index\.json"):
+        check(changed(tiny_preset, {"base_model": str(tmp_path)}), tmp_path)
+
+
+def test_too_few_held_out_prompts_are_refused(tiny_preset: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("one\ntwo\n")
+    few = changed(tiny_preset, evaluation=Evaluation(prompts=str(tmp_path / "few.txt")))
+    with pytest.raises(ParameterError, match=r"2 held-out prompts; at least 10"):
+        check(few, tmp_path)
+
+
+def test_an_experiment_name_stays_inside_the_workspace(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="experiment="):
+        experiment_at(str(tmp_path), "../elsewhere")
+
+
+def test_the_same_parameters_resume_and_others_begin_anew(recipe: Recipe, tmp_path: Path) -> None:
+    experiment = experiment_at(str(tmp_path), "x")
+    other = recipe.model_copy(update={"seed": 7})
+    path, run = begin_run(experiment, recipe, 2)
+    assert run.cycles == [1, 2]
+    assert begin_run(experiment, recipe, 2) == (path, run)
+    other_path, other_run = begin_run(experiment, other, 1)
+    assert other_run.cycles == [3] and other_path != path
+    assert begin_run(experiment, recipe, 2) == (path, run), "the older unfinished run is found again"
+    end_run(path, run)
+    assert begin_run(experiment, recipe, 2)[1].cycles == [4, 5]

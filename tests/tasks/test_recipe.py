@@ -1,0 +1,56 @@
+"""Presets and what users put on top of them."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from tasks.recipe import SECTIONS, ParameterError, preset_names, resolve
+from tasks.settings import Generation, Training
+
+NOTHING = {name: kind() for name, kind in SECTIONS.items()}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_shipped_preset_is_complete_and_valid(preset: str) -> None:
+    recipe = resolve(preset, 0, {}, NOTHING)
+    assert recipe.scorer in recipe.scorers
+    assert set(recipe.judges) - {recipe.scorer}, "a preset must name a held-out judge"
+
+
+def test_the_user_beats_the_preset_and_the_rest_stays() -> None:
+    sections = NOTHING | {"generation": Generation(candidates=5)}
+    recipe = resolve("shapes", 3, {"scorer": "hpsv2", "prompts": None}, sections)
+    plain = resolve("shapes", 3, {}, NOTHING)
+    assert (recipe.scorer, recipe.generation.candidates) == ("hpsv2", 5)
+    assert recipe.generation.steps == plain.generation.steps and recipe.prompts == plain.prompts
+
+
+def test_a_null_is_the_same_as_left_out() -> None:
+    assert Generation(candidates=None, steps=None).given() == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [({"candidates": 1}, "candidates"), ({"steps": 0}, "steps"), ({"stpes": 3}, "stpes"), ({"guidance": 0.5}, "guidance")],
+)
+def test_wrong_numbers_and_unknown_keys_are_refused(values: dict[str, object], field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        Generation(**values)
+
+
+def test_a_negative_learning_rate_is_refused() -> None:
+    with pytest.raises(ValidationError, match="learning_rate"):
+        Training(learning_rate=-1e-4)
+
+
+def test_an_unknown_preset_lists_the_known_ones() -> None:
+    with pytest.raises(ParameterError, match=r"preset='nope'.*shapes"):
+        resolve("nope", 0, {}, NOTHING)
+
+
+def test_a_preset_that_leaves_a_field_open_is_refused_by_name(tmp_path: Path) -> None:
+    text = Path("recipes/shapes.toml").read_text().replace("steps = 8\n", "")
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(ParameterError, match=r"no value for generation\.steps"):
+        resolve(str(tmp_path / "mine.toml"), 0, {}, NOTHING)
