@@ -12,6 +12,7 @@ from pydantic import Field
 
 from flows import stages
 from tasks.plan import begin_run, check, end_run, plan_cycle
+from tasks.progress import show_logs
 from tasks.promote import promote
 from tasks.recipe import Recipe, resolve
 from tasks.report import write_report
@@ -61,6 +62,7 @@ def full_cycle(
         gate: what it takes to become champion.
         execution: devices, batch and shard sizes.
     """
+    show_logs()
     flat = {"scorer": scorer, "judges": judges, "base_model": base_model, "prompts": prompts}
     sections = {
         "generation": generation, "pairing": pairing, "training": training,

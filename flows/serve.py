@@ -13,7 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,11 +79,11 @@ def _alive(name: str) -> int | None:
         return None
     pid = int(file.read_text())
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace") if Path("/proc").is_dir() else "prefect"
         os.kill(pid, 0)
-    except (OSError, ProcessLookupError):
+        ours = not Path("/proc").is_dir() or b"prefect" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
         return None
-    return pid if "prefect" in command else None  # the number may have been given to another process since
+    return pid if ours else None  # the number may have been given to another process since
 
 
 def _stop(name: str, seconds: float = 30.0) -> bool:
@@ -164,15 +164,12 @@ def deploy() -> None:
 
     template = ProcessWorker.get_default_base_job_template()
     with get_client(sync_client=True) as client:
-        try:
+        with suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
-        except ObjectAlreadyExists:
-            pass
         client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=1))
     say(f"deploying {DEPLOYMENT}")
-    result = subprocess.run(
-        ["prefect", "--no-prompt", "deploy", "--all"], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
+    command = ["prefect", "--no-prompt", "deploy", "--all"]
+    result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if result.returncode:
         raise SystemExit(f"rlaif: prefect deploy failed:\n{result.stdout}{result.stderr}")
 
@@ -180,14 +177,20 @@ def deploy() -> None:
 def drop_missed_nights() -> None:
     """Forget nightly runs whose hour passed while nothing ran here: they would all start at once now."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName, FlowRunFilter
-    from prefect.client.schemas.filters import FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.filters import (
+        DeploymentFilter,
+        DeploymentFilterName,
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
     from prefect.client.schemas.objects import StateType
 
     scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
     ours = DeploymentFilter(name=DeploymentFilterName(any_=[DEPLOYMENT.split("/")[1]]))
     with get_client(sync_client=True) as client:
-        missed = [run for run in client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=ours) if _missed(run)]
+        runs = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=ours)
+        missed = [run for run in runs if _missed(run)]
         for run in missed:
             client.delete_flow_run(run.id)
     if missed:

@@ -48,7 +48,7 @@ def score(cycle: Path, part: Part = "training") -> None:
     release()
 
 
-@flow(name="pair")
+@flow(name="pair", flow_run_name="pair")
 def pair(cycle: Path) -> int:
     """Make and seal the preference shards; returns the number of pairs.
 
@@ -58,7 +58,7 @@ def pair(cycle: Path) -> int:
     return pair_candidates(Cycle(cycle))
 
 
-@flow(name="train")
+@flow(name="train", flow_run_name="train")
 def train(cycle: Path) -> CheckpointRecord:
     """Diffusion-DPO on the cycle's preference shards.
 
@@ -68,7 +68,7 @@ def train(cycle: Path) -> CheckpointRecord:
     return train_policy(Cycle(cycle))
 
 
-@flow(name="evaluate")
+@flow(name="evaluate", flow_run_name="evaluate")
 def evaluate(cycle: Path) -> Results:
     """Judge base against tuned model on the held-out prompts.
 

@@ -105,9 +105,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in adjusted]
 
 
-def mean_difference_interval(
-    differences: Sequence[float] | np.ndarray, confidence: float
-) -> tuple[float, float]:
+def mean_difference_interval(differences: Sequence[float] | np.ndarray, confidence: float) -> tuple[float, float]:
     """Student's t interval (low, high) of a mean of paired differences: mean -+ t_(n-1) s / sqrt(n).
 
     `differences`: shape (n,), n >= 2, one a prompt. Equal differences give an interval of width 0.

@@ -70,9 +70,7 @@ def margin_from_spread(groups: np.ndarray) -> float:
     return float(np.sqrt(values.var(axis=1, ddof=1).mean()))
 
 
-def pair_groups(
-    scores: np.ndarray, rule: str, higher_is_better: bool, min_margin_sd: float
-) -> list[list[Pair]]:
+def pair_groups(scores: np.ndarray, rule: str, higher_is_better: bool, min_margin_sd: float) -> list[list[Pair]]:
     """Applies a rule to every prompt, with one smallest margin for all of them.
 
     `scores`: shape (prompts, k). `rule`: a key of `RULES`. `min_margin_sd`: smallest margin in units of the

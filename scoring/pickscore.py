@@ -94,9 +94,7 @@ class PickScore(CosineScorer):
         # Arrays out of a memory map are read-only, which torch warns about; the channel axis of a 3 x 3 image
         # is ambiguous unless it is said.
         arrays = [np.require(image, requirements=["C", "W"]) for image in images]
-        inputs = self._processor.image_processor(
-            arrays, return_tensors="pt", input_data_format="channels_last"
-        )
+        inputs = self._processor.image_processor(arrays, return_tensors="pt", input_data_format="channels_last")
         pixels = inputs["pixel_values"].to(self._device)
         with self._autocast():
             return _projected(self._model.get_image_features(pixel_values=pixels))

@@ -41,7 +41,11 @@ def pairwise(guess: Tensor, truth: Tensor, least_gap: float = 0.0) -> tuple[floa
 
 
 def fresh_pictures(
-    prompts: Sequence[str], each: int, seed: int, steps: int = DEFAULT_STEPS, guidance: float = DEFAULT_GUIDANCE
+    prompts: Sequence[str],
+    each: int,
+    seed: int,
+    steps: int = DEFAULT_STEPS,
+    guidance: float = DEFAULT_GUIDANCE,
 ) -> Tensor:
     """`each` pictures a prompt by the shipped base model: (prompts * each, 3, 32, 32), rounded to bytes."""
     pipe = StableDiffusionPipeline.from_pretrained(MODELS / "base")
@@ -80,7 +84,9 @@ def main() -> None:
     truth = oracle_scores(images, captions)
     exact = (truth == 1).float()
     low, high = wilson(exact.sum().item(), len(exact))
-    print(f"base       exact {exact.mean():.3f} [{low:.3f}, {high:.3f}] n={len(exact)} | mean score {truth.mean():.3f}")
+    print(
+        f"base       exact {exact.mean():.3f} [{low:.3f}, {high:.3f}] n={len(exact)} | mean score {truth.mean():.3f}"
+    )
     for name in JUDGES:
         guess = score(load_judge(name, MODELS / name), images, captions)
         print(report(name, guess.view(-1, each), truth.view(-1, each)))

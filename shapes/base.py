@@ -8,7 +8,6 @@ import argparse
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
@@ -62,7 +61,11 @@ def initial_text_encoder() -> CLIPTextModel:
     """A copy of the trained judge's text tower."""
     model = build_text_encoder()
     prefix = "clip.text_model."
-    tower = {k.removeprefix(prefix): v for k, v in load_tensors("pickscore-clean.safetensors").items() if prefix in k}
+    tower = {
+        k.removeprefix(prefix): v
+        for k, v in load_tensors("pickscore-clean.safetensors").items()
+        if prefix in k
+    }
     own = model.state_dict()
     strip = "text_model." if next(iter(own)).startswith("text_model.") else ""
     model.load_state_dict({strip + key: value for key, value in tower.items()})
@@ -87,7 +90,9 @@ def cached_latents(random: "object") -> tuple[Tensor, Tensor]:
     scenes = [random.choice(single if random.random() < SINGLE_SHARE else double) for _ in range(PICTURES)]
     vae = load_vae()
     latents = [encode_all(vae, render(scenes[i : i + 256], random) * 2 - 1) for i in range(0, PICTURES, 256)]
-    ids = build_tokenizer()([s.caption() for s in scenes], padding="max_length", return_tensors="pt").input_ids
+    ids = build_tokenizer()(
+        [s.caption() for s in scenes], padding="max_length", return_tensors="pt"
+    ).input_ids
     return torch.cat(latents), ids
 
 
@@ -148,7 +153,9 @@ def pipeline(name: str = "base.safetensors", decoder: str = "decoder.safetensors
         text_encoder=denoiser.text,
         tokenizer=build_tokenizer(),
         unet=denoiser.unet,
-        scheduler=DPMSolverMultistepScheduler(**NOISE, timestep_spacing="trailing", algorithm_type="dpmsolver++"),
+        scheduler=DPMSolverMultistepScheduler(
+            **NOISE, timestep_spacing="trailing", algorithm_type="dpmsolver++"
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

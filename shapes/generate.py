@@ -48,7 +48,11 @@ SETTINGS = (
 
 @torch.no_grad()
 def sample(
-    pipe: StableDiffusionPipeline, captions: list[str], generator: torch.Generator, steps: int, guidance: float
+    pipe: StableDiffusionPipeline,
+    captions: list[str],
+    generator: torch.Generator,
+    steps: int,
+    guidance: float,
 ) -> Tensor:
     """One picture a caption: (n, 3, 32, 32) in [0, 1]. Sampling as the stock pipeline does it, without its checks."""
     noise = torch.randn(len(captions), 4, 8, 8, generator=generator)

@@ -10,7 +10,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from shapes.oracle import Facts, claims, check, fraction, observe
+from shapes.oracle import Facts, check, claims, fraction, observe
 from shapes.render import render, to_uint8
 from shapes.world import Scene, perturb
 
@@ -52,7 +52,9 @@ def rendered_pool(scenes: list[Scene], random: Random) -> Pool:
     for scene in scenes:
         once = [perturb(scene, random) for _ in range(3)]
         twice = perturb(once[1], random) if random.random() < 0.5 else once[1]
-        thrice = perturb(perturb(once[2], random), random) if random.random() < 0.5 else perturb(once[2], random)
+        thrice = (
+            perturb(perturb(once[2], random), random) if random.random() < 0.5 else perturb(once[2], random)
+        )
         shown += [scene, once[0], twice, thrice]
     return pool_of(scenes, render(shown, random))
 
@@ -61,7 +63,11 @@ def draw(pool: Pool, groups: int, generator: torch.Generator) -> tuple[list[Scen
     """A random batch: scenes (groups), pictures (groups * GROUP, 3, 32, 32) in [0, 1] and their facts."""
     chosen = torch.randint(len(pool.scenes), (groups,), generator=generator)
     index = (chosen[:, None] * GROUP + torch.arange(GROUP)).flatten()
-    return [pool.scenes[i] for i in chosen.tolist()], pool.images[index].float() / 255, rows_of(pool.facts, index)
+    return (
+        [pool.scenes[i] for i in chosen.tolist()],
+        pool.images[index].float() / 255,
+        rows_of(pool.facts, index),
+    )
 
 
 def attributes(facts: Facts) -> dict[str, Tensor]:
@@ -76,4 +82,9 @@ def attributes(facts: Facts) -> dict[str, Tensor]:
     both = (present[:, :, None] & present[:, None, :]) & ~torch.eye(present.shape[1], dtype=torch.bool)
     x, y = facts.centre.unbind(-1)
     order = torch.stack([x[:, :, None] < x[:, None, :] - 0.1, y[:, :, None] < y[:, None, :] - 0.1], 1).float()
-    return {"shape": shape, "size": size, "background": facts.background, "order": torch.where(both[:, None], order, -1.0)}
+    return {
+        "shape": shape,
+        "size": size,
+        "background": facts.background,
+        "order": torch.where(both[:, None], order, -1.0),
+    }

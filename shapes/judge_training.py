@@ -113,7 +113,9 @@ def merge(pools: list[Pool]) -> Pool:
 def join(first: tuple, second: tuple) -> tuple:
     """One batch of two."""
     facts = type(first[2])
-    rows = facts(*(torch.cat([getattr(b[2], name) for b in (first, second)]) for name in facts.__annotations__))
+    rows = facts(
+        *(torch.cat([getattr(b[2], name) for b in (first, second)]) for name in facts.__annotations__)
+    )
     return first[0] + second[0], torch.cat([first[1], second[1]]), rows
 
 
@@ -148,7 +150,9 @@ def train(name: str, stage: str, steps: int) -> None:
             share = round(GROUPS * GENERATED_SHARE)
             batch = join(draw(generated, share, generator), draw(rendered, GROUPS - share, generator))
         terms = losses(judge, head, batch, ids)
-        reading = 0.5 * max(0.1, 1 - step / (0.7 * steps))  # the head leads first, the score itself decides later
+        reading = 0.5 * max(
+            0.1, 1 - step / (0.7 * steps)
+        )  # the head leads first, the score itself decides later
         loss = 10 * terms["matrix"] + terms["pair"] + reading * terms["reading"]
         optimizer.zero_grad()
         loss.backward()
@@ -156,12 +160,16 @@ def train(name: str, stage: str, steps: int) -> None:
         optimizer.step()
         average(shadow, judge, step, limit=0.99)
         if step % 100 == 0 or step == steps - 1:
-            results = {key: agreement(judge.eval(), pool) for key, pool in checks.items()} if step % 200 == 0 else {}
+            results = (
+                {key: agreement(judge.eval(), pool) for key, pool in checks.items()}
+                if step % 200 == 0
+                else {}
+            )
             judge.train()
             shown = {key: f"{value.item():.3f}" for key, value in terms.items()}
             tqdm.write(f"{step} {shown} {results}")
     judge.load_state_dict(shadow)
-    tqdm.write(f"final {({key: agreement(judge.eval(), pool) for key, pool in checks.items()})}")
+    tqdm.write(f"final { ({key: agreement(judge.eval(), pool) for key, pool in checks.items()}) }")
     save_tensors(head.state_dict(), f"{name}-{stage}-head.safetensors")
     save_tensors(judge.state_dict(), f"{name}-{stage}.safetensors")
 

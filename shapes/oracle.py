@@ -24,6 +24,7 @@ LEAST_IOU = 0.72  # overlap with the ideal template below which a blob has no sh
 SIZE_LIMIT = 0.167  # radius that separates small (<= 0.145) from large (>= 0.19)
 LEAST_RING = 0.80  # of the border pixels must show the background
 DIRT = 0.004  # of the picture may be unexplained or of a colour not named, after erosion
+SPECKS = 0.05  # of the picture may be so without erosion; a true picture has no such pixel at all
 SLANT = 1.15  # the named direction's offset must exceed the other one by this factor
 
 NO_SHAPE = len(SHAPES)  # shape index of a blob that matches no template
@@ -52,7 +53,7 @@ class Facts:
     radius: Tensor  # (n, c) radius of the best template, fraction of the side
     centre: Tensor  # (n, c, 2) centroid x, y
     foreign: Tensor  # (n, c) share of the picture firmly covered by that colour, thin edges eroded
-    unknown: Tensor  # (n,) share of the picture that no mix explains, thin edges eroded
+    unknown: Tensor  # (n, 2) share of the picture that no mix explains: thin edges eroded, and as it is
 
     def present(self) -> Tensor:
         """(n, c) bool: the colour covers enough to be a thing."""
@@ -68,9 +69,8 @@ def _explain(view: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Splits (n, 3, h, w) into background (n,), ring share (n,), colour masks (n, 6, h, w), unknown (n, h, w)."""
     grounds = torch.tensor(list(BACKGROUNDS.values()))
     colours = torch.tensor(list(COLOURS.values()))
-    border = torch.cat(
-        [view[..., :3, :].flatten(2), view[..., -3:, :].flatten(2), view[..., :3].flatten(2), view[..., -3:].flatten(2)], 2
-    )
+    sides = (view[..., :3, :], view[..., -3:, :], view[..., :3], view[..., -3:])
+    border = torch.cat([side.flatten(2) for side in sides], 2)
     near = (border[:, None] - grounds[None, :, :, None]).square().sum(2).sqrt() < RESIDUAL  # (n, 3, m)
     ring, background = near.float().mean(2).max(1)
     ground = grounds[background][:, None, :, None, None]  # (n, 1, 3, 1, 1)
@@ -109,9 +109,8 @@ def _observe_chunk(images: Tensor) -> Facts:
     if seen.any():
         shape[seen], radius[seen] = _best_template(masks[seen], area[seen], centre[seen])
     foreign = _erode(masks).mean((2, 3))
-    return Facts(
-        background, ring, area, shape, radius, centre, foreign, _erode(unknown[:, None]).mean((1, 2, 3))
-    )
+    unexplained = torch.stack([_erode(unknown[:, None]).mean((1, 2, 3)), unknown.mean((1, 2))], 1)
+    return Facts(background, ring, area, shape, radius, centre, foreign, unexplained)
 
 
 def observe(images: Tensor) -> Facts:
@@ -160,8 +159,10 @@ def check(facts: Facts, said: Claims) -> tuple[Tensor, Tensor]:
     along = offset.gather(1, said.axis[:, None])[:, 0] * said.sign
     across = offset.gather(1, 1 - said.axis[:, None])[:, 0].abs()
     relation = present.all(1) & (along > SLANT * across) & (along > 0.1)
-    named = torch.zeros_like(facts.foreign).scatter_(1, pick, 1.0)
-    clean = (facts.foreign * (1 - named)).sum(1) + facts.unknown <= DIRT
+    unnamed = 1 - torch.zeros_like(facts.area).scatter_(1, pick, 1.0)
+    clean = ((facts.foreign * unnamed).sum(1) + facts.unknown[:, 0] <= DIRT) & (
+        (facts.area * unnamed).sum(1) + facts.unknown[:, 1] <= SPECKS
+    )
     background = (facts.background == said.background) & (facts.ring >= LEAST_RING)
     passed = [background]
     for position in (0, 1):
@@ -196,7 +197,9 @@ class Oracle:
 
     def __init__(self, source: str | None = None, device: str = "cpu") -> None:
         """`source` is reported, never read; the oracle has no weights and always runs on the CPU."""
-        self.info = OracleInfo("oracle", "1", "fraction of checks passed", True, source or "shapes", _fingerprint())
+        self.info = OracleInfo(
+            "oracle", "1", "fraction of checks passed", True, source or "shapes", _fingerprint()
+        )
 
     def score(self, images: np.ndarray | Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
         """uint8 pictures (n, H, W, 3) and n prompts of the world -> float32 (n,) in [0, 1]."""

@@ -19,7 +19,11 @@ GAP = 0.04  # least free space between two things
 
 SQUARE_HALF = 0.9  # half side, in radii
 TRIANGLE = (1.05, 1.2, 0.6)  # half base, apex above the centroid, base below the centroid, in radii
-AREA = {"circle": math.pi, "square": 4 * SQUARE_HALF**2, "triangle": TRIANGLE[0] * (TRIANGLE[1] + TRIANGLE[2])}
+AREA = {
+    "circle": math.pi,
+    "square": 4 * SQUARE_HALF**2,
+    "triangle": TRIANGLE[0] * (TRIANGLE[1] + TRIANGLE[2]),
+}
 # left/right, up, down: how far a shape reaches from its centroid, in radii
 REACH = {"circle": (1.0, 1.0, 1.0), "square": (0.9, 0.9, 0.9), "triangle": TRIANGLE}
 

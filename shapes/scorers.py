@@ -21,10 +21,19 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 SIDE, PATCH = 32, 4
 
 TEXT_TOWER = dict(
-    hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=CONTEXT
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=CONTEXT,
 )
 IMAGE_TOWER = dict(
-    hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    image_size=SIDE,
+    patch_size=PATCH,
 )
 EMBEDDING = 128
 
@@ -43,7 +52,12 @@ def hpsv2_config() -> dict[str, object]:
     """open_clip's `model_cfg`: patch 4, width 96, 4 layers."""
     vision = dict(image_size=SIDE, patch_size=PATCH, width=96, head_width=24, layers=4, mlp_ratio=2.0)
     text = dict(
-        context_length=CONTEXT, vocab_size=vocabulary()["vocab_size"], width=96, heads=4, layers=2, mlp_ratio=2.0
+        context_length=CONTEXT,
+        vocab_size=vocabulary()["vocab_size"],
+        width=96,
+        heads=4,
+        layers=2,
+        mlp_ratio=2.0,
     )
     return dict(embed_dim=EMBEDDING, vision_cfg=vision, text_cfg=text)
 
@@ -64,7 +78,9 @@ class PickScoreJudge(nn.Module):
 
     def token_ids(self, captions: list[str]) -> Tensor:
         """(n, 20) ids, padded with the end token."""
-        return build_tokenizer()(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return build_tokenizer()(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
 
     def image(self, images: Tensor) -> Tensor:
         """(n, 3, 32, 32) in [0, 1] -> (n, 128)."""
@@ -89,7 +105,10 @@ class PickScoreJudge(nn.Module):
             part["dtype"] = "float32"  # half precision is storage only: a CPU computes poorly in it
         settings.write_text(json.dumps(config, indent=2) + "\n")
         picture = CLIPImageProcessor(
-            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=STD
+            size={"shortest_edge": SIDE},
+            crop_size={"height": SIDE, "width": SIDE},
+            image_mean=MEAN,
+            image_std=STD,
         )
         CLIPProcessor(picture, build_tokenizer()).save_pretrained(folder)
 
@@ -123,7 +142,9 @@ class HPSv2Judge(nn.Module):
     def save(self, folder: Path) -> None:
         """The layout of open_clip's hub folders; weights in half precision."""
         folder.mkdir(parents=True, exist_ok=True)
-        preprocess = dict(size=SIDE, mode="RGB", mean=MEAN, std=STD, interpolation="bicubic", resize_mode="longest")
+        preprocess = dict(
+            size=SIDE, mode="RGB", mean=MEAN, std=STD, interpolation="bicubic", resize_mode="longest"
+        )
         config = {"model_cfg": hpsv2_config(), "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         weights = {key: value.half().contiguous() for key, value in self.clip.state_dict().items()}
@@ -132,7 +153,10 @@ class HPSv2Judge(nn.Module):
 
 
 Judge = PickScoreJudge | HPSv2Judge
-JUDGES: dict[str, type[PickScoreJudge] | type[HPSv2Judge]] = {"pickscore": PickScoreJudge, "hpsv2": HPSv2Judge}
+JUDGES: dict[str, type[PickScoreJudge] | type[HPSv2Judge]] = {
+    "pickscore": PickScoreJudge,
+    "hpsv2": HPSv2Judge,
+}
 
 
 def load_judge(name: str, folder: Path) -> Judge:
@@ -152,5 +176,3 @@ def score(judge: Judge, images: Tensor, captions: list[str]) -> Tensor:
     texts = torch.cat([judge.text(chunk) for chunk in judge.token_ids(captions).split(64)])
     cosine = (F.normalize(pictures, dim=-1) * F.normalize(texts, dim=-1)).sum(-1)
     return cosine * judge.log_scale.exp() if judge.name == "pickscore" else cosine
-
-

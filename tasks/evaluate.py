@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 
-import numpy as np
 from prefect import task
 
 from scoring.statistics import GateDecision, Verdict, gate, judge_pairs, with_holm
@@ -55,8 +54,13 @@ def _verdicts(plan: Plan, cycle: Cycle, part: Part) -> list[Verdict]:
         (base, info), (other, _) = (read_scores(cycle, side, judge) for side in ("base", part))
         found.append(
             judge_pairs(
-                judge, np.asarray(base), np.asarray(other), ids, info.higher_is_better,
-                held_out=judge != plan.recipe.scorer, confidence=plan.recipe.gate.confidence,
-            )  # fmt: skip
+                judge,
+                base,
+                other,
+                ids,
+                info.higher_is_better,
+                held_out=judge != plan.recipe.scorer,
+                confidence=plan.recipe.gate.confidence,
+            )
         )
     return with_holm(found)

@@ -83,7 +83,8 @@ def part_model(plan: Plan, cycle: Cycle, part: Part) -> tuple[ModelRef, str]:
 def trained_model(plan: Plan, cycle: Cycle, record: CheckpointRecord) -> tuple[ModelRef, str]:
     """What the cycle trained, with paths relative to the experiment's folder."""
     start = ModelRef(**plan.start)
-    trained = str((cycle.training / ("adapter" if record.method == "lora" else "unet")).relative_to(cycle.folder.parent.parent))
+    folder = cycle.training / ("adapter" if record.method == "lora" else "unet")
+    trained = str(folder.relative_to(cycle.folder.parent.parent))
     model = ModelRef(start.base, start.revision, start.unet, trained)
     if record.method == "full":
         model = ModelRef(start.base, start.revision, trained, None)
@@ -119,7 +120,8 @@ def write_embeddings(
         metadata=candidate_schema(1, {"embedding": {"shape": list(embeddings.shape[1:])}}).metadata,
     )
     columns = [pa.array([key for key, _ in prompts]), latent_column(embeddings.cpu().numpy())]
-    write_shard(cycle.part("training", plan.shards("training")).embeddings(index), pa.table(columns, schema=schema), schema)
+    target = cycle.part("training", plan.shards("training")).embeddings(index)
+    write_shard(target, pa.table(columns, schema=schema), schema)
 
 
 def candidate_table(
@@ -138,7 +140,9 @@ def candidate_table(
     config = plan.config_hash()
     return pa.table(
         {
-            "candidate_id": [candidate_id(key, seed, label, config) for (key, _, _), seed in zip(rows, seeds, strict=True)],
+            "candidate_id": [
+                candidate_id(key, seed, label, config) for (key, _, _), seed in zip(rows, seeds, strict=True)
+            ],
             "prompt_id": [key for key, _, _ in rows],
             "caption": [text for _, text, _ in rows],
             "candidate_index": pa.array([index for _, _, index in rows], pa.int32()),

@@ -18,7 +18,14 @@ from tasks.workspace import Cycle, shard_name
 from training.dataset_card import dataset_card
 from training.pairs import pair_id, pair_schema, read_metadata, score_column
 from training.shards import (
-    MANIFEST, ShardRecord, make_manifest, read_manifest, read_shard, write_manifest, write_shard, write_text,
+    MANIFEST,
+    ShardRecord,
+    make_manifest,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+    write_text,
 )  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -68,7 +75,8 @@ def _write_shard(
     # Which side the winner stands on is a coin flip by content, so that no reader can learn "side 0 wins".
     sides = [_ordered(candidates, prompt * each + pair.winner, prompt * each + pair.loser) for prompt, pair in chosen]
     columns = _pair_columns(candidates, sides)
-    columns["prompt_embedding"] = embeddings["embedding"].combine_chunks().take(pa.array([p for p, _ in chosen], pa.int64()))
+    own = pa.array([prompt for prompt, _ in chosen], pa.int64())
+    columns["prompt_embedding"] = embeddings["embedding"].combine_chunks().take(own)
     offset = first * each
     for name, values in scores.items():
         for side in (0, 1):
@@ -79,7 +87,10 @@ def _write_shard(
     columns["label_1"] = pa.array([float(not w) for w in won], pa.float32())
     columns["has_label"] = pa.array([True] * len(chosen), pa.bool_())
     columns["margin"] = pa.array([pair.margin for _, pair in chosen], pa.float32())
-    shapes = {"latent": read_metadata(candidates.schema)["latent"], "embedding": read_metadata(embeddings.schema)["embedding"]}
+    shapes = {
+        "latent": read_metadata(candidates.schema)["latent"],
+        "embedding": read_metadata(embeddings.schema)["embedding"],
+    }
     schema = pair_schema(
         candidates.schema.field("latent").type.list_size, embeddings.schema.field("embedding").type.list_size,
         list(scores), {**metadata, **shapes},
@@ -102,7 +113,8 @@ def _pair_columns(candidates: pa.Table, sides: list[tuple[int, int]]) -> dict[st
         columns |= {f"{name}_{side}": table[name] for name in ("image", "latent", "seed", "model")}
         columns[f"image_{side}_uid"] = table["image_uid"]
     keys = ("prompt_id", "seed_0", "seed_1", "model_0", "model_1", "config_hash")
-    columns["pair_id"] = pa.array([pair_id(*row) for row in zip(*(columns[k].to_pylist() for k in keys), strict=True)], pa.string())
+    identities = zip(*(columns[key].to_pylist() for key in keys), strict=True)
+    columns["pair_id"] = pa.array([pair_id(*identity) for identity in identities], pa.string())
     uids = zip(columns["image_0_uid"].to_pylist(), columns["image_1_uid"].to_pylist(), strict=True)
     columns["are_different"] = pa.array([a != b for a, b in uids], pa.bool_())
     return columns

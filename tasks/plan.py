@@ -101,11 +101,9 @@ def prompt_pools(recipe: Recipe) -> tuple[Prompts, Prompts]:
     """The disjoint training and evaluation pools."""
     prompts = read_prompts(recipe.prompts)
     held = recipe.evaluation.prompts
-    training, evaluation = split_prompts(
-        prompts, None if held == "split" else read_prompts(held, "evaluation.prompts")
-    )
+    training, evaluation = split_prompts(prompts, None if held == "split" else read_prompts(held, "evaluation.prompts"))
     if not training:
-        raise ParameterError(f"prompts={recipe.prompts!r}: every prompt is also an evaluation prompt; none left to train on")
+        raise ParameterError(f"prompts={recipe.prompts!r}: every prompt is held out for evaluation; give more")
     if len(evaluation) < 10:
         raise ParameterError(
             f"evaluation.prompts={held!r}: {len(evaluation)} held-out prompts; at least 10 are needed, 400 to see "
@@ -179,7 +177,8 @@ def begin_run(experiment: Experiment, recipe: Recipe, cycles: int) -> tuple[Path
         if run.recipe == recipe and len(run.cycles) == cycles:
             log.info("resuming %s: cycles %s", path, run.cycles)
             return path, run
-        log.warning("%s is unfinished, with other parameters (%s); it is left as it is", path, _difference(run.recipe, recipe))
+        changes = _difference(run.recipe, recipe)
+        log.warning("%s is unfinished, with other parameters (%s); it is left as it is", path, changes)
     run = Run(recipe=recipe, cycles=list(range(taken + 1, taken + 1 + cycles)))
     path = experiment.run(len(experiment.runs()) + 1)
     write_json(path, run.model_dump())
@@ -243,7 +242,9 @@ def current_model(experiment: Experiment, recipe: Recipe) -> tuple[int | None, M
     Raises ParameterError when the champion belongs to another base model.
     """
     base = ModelRef(recipe.base_model, recipe.revision)
-    champion: dict[str, Any] = json.loads(experiment.champion.read_text()) if experiment.champion.is_file() else {"cycle": None}
+    champion: dict[str, Any] = {"cycle": None}
+    if experiment.champion.is_file():
+        champion = json.loads(experiment.champion.read_text())
     if champion["cycle"] is None:
         return None, base, recipe.base_model
     model = ModelRef(**champion["model"])
@@ -259,8 +260,10 @@ def code_versions() -> dict[str, str]:
     """Version of this code (git commit where there is one) and of the libraries that make the numbers."""
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return versions | {"rlaif": git.stdout.strip() or "unknown"}
-
-

@@ -8,11 +8,25 @@ from contextlib import contextmanager
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
+from prefect.logging.handlers import PrefectConsoleHandler
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
+PACKAGES = ("flows", "tasks", "training", "scoring")
 LOG_SECONDS = 5.0
 Advance = Callable[..., None]
+
+
+def show_logs() -> None:
+    """Let the log lines of our packages reach the terminal as well; prefect.toml sends them to the UI."""
+    handler = PrefectConsoleHandler(stream=sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)-7s | %(message)s", "%H:%M:%S"))
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO)
+        if not any(isinstance(known, PrefectConsoleHandler) for known in logger.handlers):
+            logger.addHandler(handler)
+            logger.propagate = False
 
 
 @contextmanager

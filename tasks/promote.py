@@ -52,4 +52,3 @@ def read_champion(experiment: Experiment) -> dict[str, Any]:
         return {"cycle": None, "model": None, "label": None, "history": []}
     champion: dict[str, Any] = json.loads(experiment.champion.read_text())
     return champion
-

@@ -61,7 +61,8 @@ def read_preset(preset: str) -> dict[str, Any]:
     """A recipe by name, or any TOML file by path. Raises ParameterError listing the names there are."""
     path = Path(preset) if preset.endswith(".toml") else RECIPES / f"{preset}.toml"
     if not path.is_file():
-        raise ParameterError(f"preset={preset!r}: no such recipe; there are {', '.join(preset_names())}, or a path to a .toml")
+        names = ", ".join(preset_names())
+        raise ParameterError(f"preset={preset!r}: no such recipe; there are {names}, or give the path of a .toml")
     try:
         return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:

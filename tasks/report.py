@@ -36,8 +36,7 @@ DRAWN, EXTREMES, ARTIFACT_PAIRS = 24, 6, 12
 """Prompts shown on the page: drawn at random, of either extreme; and in the artifact."""
 ARTIFACT_SIDE = 128  # px; 24 of the noisiest pictures of that size stay below 1 MB
 WINNER_DRIFT = 0.01
-"""Rise of the winner's error that is called drift. The error's target has unit variance, so this is 1 % of it: a
-healthy run stays at a fifth of it, a collapsing one goes to several times as much while its accuracy looks best."""
+"""Rise of the winner's error that is called drift: 1 % of the target's unit variance, five times a healthy rise."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class Judged:
     @property
     def gain(self) -> np.ndarray:
         """How much better the tuned picture is, in the judge's unit; positive = better, whatever the orientation."""
-        return np.multiply(1 if self.info.higher_is_better else -1, self.tuned - self.base)
+        gain: np.ndarray = self.tuned - self.base
+        return gain if self.info.higher_is_better else -gain
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ def write_report(experiment: Experiment, cycle: Cycle) -> Path:
     values = page(experiment, cycle, plan, results, judged)
     write_text(cycle.report, render(values))
     if TaskRunContext.get():
-        headline = f"{experiment.folder.name}, cycle {plan.cycle}: {values['decision']['reasons'][0]}"
-        publish(headline, cycle, plan, results, judged)
+        publish(values["decision"]["reasons"][0], cycle, plan, results, judged)
     return cycle.report
 
 
@@ -137,7 +136,7 @@ def picture_section(cycle: Cycle, plan: Plan, results: Results, judged: dict[str
     gain = judged[judge].gain
     order = np.argsort(gain, kind="stable")
     rows = {
-        "drawn": drawn_rows(plan, len(gain), DRAWN),
+        "drawn": drawn_rows(plan, DRAWN),
         "worst": [int(row) for row in order[:EXTREMES] if gain[row] < 0],
         "best": [int(row) for row in order[::-1][:EXTREMES] if gain[row] > 0],
     }
@@ -145,9 +144,10 @@ def picture_section(cycle: Cycle, plan: Plan, results: Results, judged: dict[str
     return {"pictures": shown, "extremes_judge": judge}
 
 
-def drawn_rows(plan: Plan, prompts: int, count: int) -> list[int]:
+def drawn_rows(plan: Plan, count: int) -> list[int]:
     """Held-out prompts drawn by the cycle's seed, so that nobody can choose the pretty ones."""
-    return [int(row) for row in np.random.default_rng(plan.cycle_seed).permutation(prompts)[:count]]
+    order = np.random.default_rng(plan.cycle_seed).permutation(plan.prompts["evaluation"])
+    return [int(row) for row in order[:count]]
 
 
 def comparison(cycle: Cycle, plan: Plan, judged: dict[str, Judged], row: int) -> Comparison:
@@ -165,12 +165,11 @@ def stored(cycle: Cycle, plan: Plan, part: Part, row: int) -> tuple[str, bytes]:
 
 def data_section(cycle: Cycle, plan: Plan) -> dict[str, Any]:
     manifest = read_manifest(cycle.preferences)
-    tables = [read_shard(cycle.preferences / shard.file) for shard in manifest.shards]
     return {
         "created": datetime.fromisoformat(manifest.created_at).strftime("%Y-%m-%d %H:%M %Z"),
         "manifest": manifest,
         "candidates": plan.prompts["training"] * plan.images_per_prompt("training"),
-        "agreements": agreements(tables, plan),
+        "agreements": agreements([read_shard(cycle.preferences / shard.file) for shard in manifest.shards], plan),
     }
 
 
@@ -217,11 +216,11 @@ def snippet(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> str:
     return "\n".join(lines)
 
 
-def publish(headline: str, cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]) -> None:
+def publish(reason: str, cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]) -> None:
     """The verdicts as a table and some pictures, for Prefect's UI."""
-    verdicts = [verdict_row(verdict) for verdict in results.verdicts]
-    create_table_artifact(verdicts, key="verdicts", description=markdown(headline))
-    create_markdown_artifact(pictures_markdown(cycle, plan, judged), key="pictures", description=markdown(headline))
+    headline = markdown(f"{cycle.folder.parent.parent.name}, cycle {plan.cycle}: {reason}")
+    create_table_artifact([verdict_row(v) for v in results.verdicts], key="verdicts", description=headline)
+    create_markdown_artifact(pictures_markdown(cycle, plan, judged), key="pictures", description=headline)
 
 
 def verdict_row(verdict: Verdict) -> dict[str, str]:
@@ -238,8 +237,7 @@ def verdict_row(verdict: Verdict) -> dict[str, str]:
 
 def pictures_markdown(cycle: Cycle, plan: Plan, judged: dict[str, Judged]) -> str:
     """A table of randomly drawn prompts with both pictures inside, below 1 MB."""
-    prompts = len(next(iter(judged.values())).base)
-    rows = [markdown_row(cycle, plan, judged, row) for row in drawn_rows(plan, prompts, ARTIFACT_PAIRS)]
+    rows = [markdown_row(cycle, plan, judged, row) for row in drawn_rows(plan, ARTIFACT_PAIRS)]
     head = ["Held-out prompts drawn at random.", "", "| prompt | base | tuned | scores |", "|---|---|---|---|"]
     return "\n".join([*head, *rows])
 

@@ -33,7 +33,8 @@ def score_shard(cycle: Cycle, part: Part, scorer: str, index: int) -> bool:
         return False
     judge = scorer_for(scorer, plan.sources().get(scorer), plan.recipe.execution.device)
     scores, batch = [], plan.recipe.execution.score_batch_size
-    with progress(f"{scorer} scores {part} shard {index + 1}/{plan.shards(part)}", candidates.num_rows, "image") as advance:
+    what = f"{scorer} scores {part} shard {index + 1}/{plan.shards(part)}"
+    with progress(what, candidates.num_rows, "image") as advance:
         for start in range(0, candidates.num_rows, batch):
             rows = candidates.slice(start, batch).to_pydict()
             images = [decode_image(image["bytes"]) for image in rows["image"]]

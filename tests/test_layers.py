@@ -47,7 +47,9 @@ def test_nobody_imports_what_it_may_not() -> None:
 
 def test_the_rule_can_fail(tmp_path: Path) -> None:
     (tmp_path / "scoring").mkdir()
-    (tmp_path / "scoring" / "bad.py").write_text("def f():\n    from training.losses import x\n    import prefect.states\n")
+    (tmp_path / "scoring" / "bad.py").write_text(
+        "def f():\n    from training.losses import x\n    import prefect.states\n"
+    )
     assert violations(tmp_path) == ["scoring/bad.py imports prefect", "scoring/bad.py imports training"]
 
 

@@ -14,10 +14,11 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     import open_clip
 
     path = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
-    lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")[1 : 49152 - 256 - 2 + 1]
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     merges = [(a, b) for a, b in (line.split() for line in lines)]
     alphabet = list(open_clip.tokenizer.bytes_to_unicode().values())
-    words = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    words = [*alphabet, *(c + "</w>" for c in alphabet), *(a + b for a, b in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
     return {word: index for index, word in enumerate(words)}, merges
 
 

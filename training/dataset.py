@@ -50,7 +50,7 @@ class PreferencePairs:
         batches = [reader.get_batch(i) for reader in readers for i in range(reader.num_record_batches)]
         self._rows = [row for index, batch in enumerate(batches) for row in _trainable_rows(index, batch)]
         if not self._rows:
-            raise ShardError(f"{folder}: no trainable pair (all tied, unlabelled or identical); lower pairing.min_margin")
+            raise ShardError(f"{folder}: no trainable pair: all are tied, unlabelled or of identical images")
         schema = readers[0].schema
         if "prompt_embedding" not in schema.names:
             raise ShardError(f"{folder}: no column prompt_embedding; the trainer reads embeddings from the shards")

@@ -61,5 +61,6 @@ def diffusion_dpo(errors: PairErrors, kappa: float) -> LossOutput:
 def _metrics(margin: torch.Tensor, winner: torch.Tensor, loser: torch.Tensor) -> dict[str, torch.Tensor]:
     """implicit_accuracy counts an exactly zero margin as half right, as it is before the first step."""
     accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
-    metrics = {"implicit_accuracy": accuracy, "margin": margin, "winner_error_delta": winner, "loser_error_delta": loser}
+    metrics = {"implicit_accuracy": accuracy, "margin": margin}
+    metrics |= {"winner_error_delta": winner, "loser_error_delta": loser}
     return {name: value.detach() for name, value in metrics.items()}

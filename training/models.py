@@ -153,9 +153,7 @@ def load_unet(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "UNet2
     if ref.unet:
         unet = UNet2DConditionModel.from_pretrained(ref.unet, dtype=precision)
     else:
-        unet = UNet2DConditionModel.from_pretrained(
-            ref.base, subfolder="unet", revision=ref.revision, dtype=precision
-        )
+        unet = UNet2DConditionModel.from_pretrained(ref.base, subfolder="unet", revision=ref.revision, dtype=precision)
     return unet.to(device)
 
 

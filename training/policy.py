@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from training.models import ADAPTER_FILE, ModelError, ModelRef, fuse_adapter, load_unet, prefer_channels_last, resolve_dtype
+from training.models import (
+    ADAPTER_FILE,
+    ModelError,
+    ModelRef,
+    fuse_adapter,
+    load_unet,
+    prefer_channels_last,
+    resolve_dtype,
+)
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

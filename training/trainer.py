@@ -160,10 +160,12 @@ class _Run:
 
     def loss(self, batch: PairBatch) -> LossOutput:
         """Per-pair Diffusion-DPO losses: winner and loser share noise, timestep and prompt."""
-        noise, times = draw(self.plan.seed, batch.draws, self.pairs.latent_shape, self.schedule.config.num_train_timesteps)
+        timesteps = self.schedule.config.num_train_timesteps
+        noise, times = draw(self.plan.seed, batch.draws, self.pairs.latent_shape, timesteps)
         noise, times = noise.repeat(2, 1, 1, 1).to(self.device), times.repeat(2).to(self.device)
         latents = torch.cat([batch.winner, batch.loser]).to(self.device)
-        inputs = (self.schedule.add_noise(latents, noise, times), times, batch.embedding.repeat(2, 1, 1).to(self.device))
+        noisy = self.schedule.add_noise(latents, noise, times)
+        inputs = (noisy, times, batch.embedding.repeat(2, 1, 1).to(self.device))
         wanted = target(self.schedule, latents, noise, times)
         with self.policy.reference() as unet:  # first, so that no policy graph is held meanwhile
             reference = squared_error(self._predict(unet, *inputs), wanted)

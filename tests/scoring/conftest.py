@@ -36,8 +36,7 @@ def hpsv2_state() -> dict:
     model = open_clip.CLIP(**HPSV2_CONFIG)
     generator = torch.Generator().manual_seed(0)
     return {
-        name: value + 0.1 * torch.randn(value.shape, generator=generator)
-        for name, value in model.state_dict().items()
+        name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in model.state_dict().items()
     }
 
 
@@ -46,9 +45,7 @@ def hpsv2_folder(hpsv2_state: dict, tmp_path_factory: pytest.TempPathFactory) ->
     from safetensors.torch import save_file
 
     folder = tmp_path_factory.mktemp("hpsv2")
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": HPSV2_CONFIG, "preprocess_cfg": {}})
-    )
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": HPSV2_CONFIG, "preprocess_cfg": {}}))
     save_file(hpsv2_state, folder / "open_clip_model.safetensors")
     return folder
 

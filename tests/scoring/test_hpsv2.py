@@ -84,9 +84,7 @@ def original_score(
 
 def test_preprocessing_equals_the_original(original: types.ModuleType, images: list[np.ndarray]) -> None:
     """Bit for bit, at every size but 224 x n, where the original forgets to pad (next test)."""
-    transform = importlib.import_module("hpsv2.src.open_clip").image_transform(
-        224, False, resize_longest_max=True
-    )
+    transform = importlib.import_module("hpsv2.src.open_clip").image_transform(224, False, resize_longest_max=True)
     for image in images:
         ours = preprocess(torch.from_numpy(image).permute(2, 0, 1)[None], 224)[0]
         torch.testing.assert_close(ours, transform(Image.fromarray(image)), rtol=0, atol=0)
@@ -96,9 +94,7 @@ def test_scores_equal_the_original(
     original_score: Any, tiny_hpsv2: HPSv2, images: list[np.ndarray], captions: list[str]
 ) -> None:
     ours = tiny_hpsv2.score(images, captions)
-    theirs = np.array(
-        [original_score(image, caption) for image, caption in zip(images, captions, strict=True)]
-    )
+    theirs = np.array([original_score(image, caption) for image, caption in zip(images, captions, strict=True)])
     assert np.ptp(theirs) > 0.02  # or the agreement would say nothing
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
@@ -144,9 +140,7 @@ def _save_pt(state: dict, folder: Path, name: str, **options: Any) -> None:
 
 FORMATS: dict[str, Any] = {
     "pt": lambda state, folder: _save_pt(state, folder, "open_clip_model.pt"),
-    "nested": lambda state, folder: _save_pt(
-        {"state_dict": state, "epoch": 3}, folder, "open_clip_model.bin"
-    ),
+    "nested": lambda state, folder: _save_pt({"state_dict": state, "epoch": 3}, folder, "open_clip_model.bin"),
     "old": lambda s, folder: _save_pt(s, folder, "open_clip_model.pt", _use_new_zipfile_serialization=False),
     "hub": lambda state, folder: _save_pt(state, folder, "open_clip_pytorch_model.bin"),
 }
@@ -184,18 +178,14 @@ def test_half_precision_weights_run_in_float32(
     hpsv2_folder: Path, hpsv2_state: dict, tiny_hpsv2: HPSv2, tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(hpsv2_folder, tmp_path / "copy"))
-    save_file(
-        {name: value.half() for name, value in hpsv2_state.items()}, folder / "open_clip_model.safetensors"
-    )
+    save_file({name: value.half() for name, value in hpsv2_state.items()}, folder / "open_clip_model.safetensors")
     image, prompt = [np.zeros((8, 8, 3), dtype=np.uint8)], ["x"]
     half, full = HPSv2(str(folder)).score(image, prompt), tiny_hpsv2.score(image, prompt)
     assert half.dtype == np.float32
     assert half == pytest.approx(full, abs=5e-3)
 
 
-@pytest.mark.parametrize(
-    ("variant", "name"), [("v2.0", "HPS_v2_compressed.pt"), ("v2.1", "HPS_v2.1_compressed.pt")]
-)
+@pytest.mark.parametrize(("variant", "name"), [("v2.0", "HPS_v2_compressed.pt"), ("v2.1", "HPS_v2.1_compressed.pt")])
 def test_published_checkpoints_need_no_config(
     variant: str,
     name: str,
@@ -239,18 +229,14 @@ def test_own_vocabulary_and_context_length_are_used(hpsv2_folder: Path, tmp_path
     save_file(open_clip.CLIP(**config["model_cfg"]).state_dict(), folder / "open_clip_model.safetensors")
     scorer = HPSv2(str(folder))
     assert scorer._tokenizer(["red"]).tolist() == [[515, 514, 516, 0, 0, 0, 0, 0, 0]]
-    assert np.isfinite(
-        scorer.score([np.zeros((4, 4, 3), dtype=np.uint8)], ["red red red red red red red red"])
-    ).all()
+    assert np.isfinite(scorer.score([np.zeros((4, 4, 3), dtype=np.uint8)], ["red red red red red red red red"])).all()
     shutil.copy(folder / "words.txt.gz", folder / "more.txt.gz")
     with pytest.raises(ValueError, match=r"several vocabularies \(more.txt.gz, words.txt.gz\)"):
         HPSv2(str(folder))
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_poisoned_checkpoint_is_refused_and_does_not_run(
-    new_format: bool, bomb: type, tmp_path: Path
-) -> None:
+def test_poisoned_checkpoint_is_refused_and_does_not_run(new_format: bool, bomb: type, tmp_path: Path) -> None:
     marker, path = tmp_path / "ran", tmp_path / "open_clip_model.pt"
     torch.save({"state_dict": {"x": bomb(marker)}}, path, _use_new_zipfile_serialization=new_format)
     with pytest.raises(ScoringError, match="convert it to safetensors"):
@@ -265,9 +251,7 @@ def test_weights_that_do_not_fit_are_refused(hpsv2_folder: Path, tmp_path: Path)
     state = load_file(folder / "open_clip_model.safetensors")
     del state["ln_final.weight"]
     save_file(state, folder / "open_clip_model.safetensors")
-    with pytest.raises(
-        ScoringError, match=r"open_clip_model.safetensors: does not fit(.|\n)*ln_final.weight"
-    ):
+    with pytest.raises(ScoringError, match=r"open_clip_model.safetensors: does not fit(.|\n)*ln_final.weight"):
         HPSv2(str(folder))
     torch.save({"state_dict": {}}, tmp_path / "empty.pt")
     with pytest.raises(ScoringError, match="no state dict"):

@@ -94,9 +94,7 @@ def test_known_scorers(plugin: Path) -> None:
 
 @pytest.mark.parametrize("use", [check_scorer, load_scorer])
 def test_unknown_scorer_lists_the_names(plugin: Path, use: Any) -> None:
-    with pytest.raises(
-        UnknownScorer, match="'hpsv3' is not known; known scorers: brightness, hpsv2, pickscore, or"
-    ):
+    with pytest.raises(UnknownScorer, match="'hpsv3' is not known; known scorers: brightness, hpsv2, pickscore, or"):
         use("hpsv3", {})
     with pytest.raises(UnknownScorer, match="'mine' has a source but no factory"):
         use("mine", {"mine": ScorerSource("some/where")})
@@ -203,9 +201,7 @@ def test_scores_that_are_no_numbers_are_refused_by_name_and_prompt(bad: float) -
         score_images(_returns(np.array([1.0, 2.0, bad])), IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize(
-    "bad", [np.zeros((3, 1)), np.zeros(2), 1.0, ["a", "b", "c"], np.zeros(3, dtype=bool)]
-)
+@pytest.mark.parametrize("bad", [np.zeros((3, 1)), np.zeros(2), 1.0, ["a", "b", "c"], np.zeros(3, dtype=bool)])
 def test_results_of_another_shape_or_kind_are_refused(bad: Any) -> None:
     with pytest.raises(ScoringError, match=r"expected float32 of shape \(3,\)"):
         score_images(_returns(bad), IMAGES, PROMPTS)
@@ -231,9 +227,7 @@ def test_fingerprint_separates_facts_from_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     base = fingerprint([tmp_path / "a"], name="x", dtype="float32")
     assert base == fingerprint([tmp_path / "a"], dtype="float32", name="x")
-    assert (
-        len({base, fingerprint([tmp_path / "a"], name="x", dtype="float16"), fingerprint([], name="x")}) == 3
-    )
+    assert len({base, fingerprint([tmp_path / "a"], name="x", dtype="float16"), fingerprint([], name="x")}) == 3
 
 
 LIGHT = """
@@ -252,9 +246,7 @@ print(sorted({"torch", "transformers", "open_clip", "prefect", "scipy.stats"} & 
 """
 
 
-def test_checking_a_scorer_loads_neither_torch_nor_weights(
-    hpsv2_folder: Path, pickscore_folder: Path
-) -> None:
+def test_checking_a_scorer_loads_neither_torch_nor_weights(hpsv2_folder: Path, pickscore_folder: Path) -> None:
     command = [sys.executable, "-c", LIGHT, str(hpsv2_folder), str(pickscore_folder)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "[]"
 

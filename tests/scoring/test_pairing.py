@@ -35,9 +35,7 @@ def test_min_margin_is_inclusive() -> None:
 
 
 @given(GROUPS, st.booleans(), MARGINS)
-def test_all_pairs_is_every_ordered_pair_that_qualifies(
-    scores: np.ndarray, higher: bool, margin: float
-) -> None:
+def test_all_pairs_is_every_ordered_pair_that_qualifies(scores: np.ndarray, higher: bool, margin: float) -> None:
     k, sign = len(scores), 1 if higher else -1
     expected = {
         (w, b, sign * (scores[w] - scores[b]))
@@ -51,9 +49,7 @@ def test_all_pairs_is_every_ordered_pair_that_qualifies(
 
 
 @given(GROUPS, st.booleans(), MARGINS)
-def test_best_vs_worst_has_the_largest_margin_of_all_pairs(
-    scores: np.ndarray, higher: bool, margin: float
-) -> None:
+def test_best_vs_worst_has_the_largest_margin_of_all_pairs(scores: np.ndarray, higher: bool, margin: float) -> None:
     best, every = best_vs_worst(scores, higher, margin), all_pairs(scores, higher, margin)
     assert (best is None) == (not every)
     if best is not None:

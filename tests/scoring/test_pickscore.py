@@ -61,17 +61,13 @@ def test_both_returns_of_transformers_are_understood() -> None:
     assert _projected(BaseModelOutputWithPooling(pooler_output=features)) is features
 
 
-def test_pickle_weights_load_and_poisoned_ones_do_not(
-    pickscore_folder: Path, bomb: type, tmp_path: Path
-) -> None:
+def test_pickle_weights_load_and_poisoned_ones_do_not(pickscore_folder: Path, bomb: type, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(pickscore_folder, tmp_path / "copy"))
     state = CLIPModel.from_pretrained(folder).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(state, folder / "pytorch_model.bin")
     image, prompt = [np.zeros((8, 9, 3), dtype=np.uint8)], ["x"]
-    assert PickScore(str(folder)).score(image, prompt) == PickScore(str(pickscore_folder)).score(
-        image, prompt
-    )
+    assert PickScore(str(folder)).score(image, prompt) == PickScore(str(pickscore_folder)).score(image, prompt)
     torch.save({**state, "logit_scale": bomb(tmp_path / "ran")}, folder / "pytorch_model.bin")
     with pytest.raises(ScoringError, match="pickle of more than tensors"):
         PickScore(str(folder))
@@ -85,9 +81,7 @@ def test_weights_with_a_tensor_missing_are_refused(pickscore_folder: Path, tmp_p
     del state["visual_projection.weight"]
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     CLIPModel.from_pretrained(folder)
-    with pytest.raises(
-        ScoringError, match=r"1 tensors of a CLIPModel are missing, first visual_projection.weight"
-    ):
+    with pytest.raises(ScoringError, match=r"1 tensors of a CLIPModel are missing, first visual_projection.weight"):
         PickScore(str(folder))
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])

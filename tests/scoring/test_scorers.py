@@ -19,9 +19,7 @@ def test_a_score_does_not_depend_on_its_batch_mates(
 ) -> None:
     together = tiny_scorer.score(images, captions)
     assert np.ptp(together) > 1e3 * NOISE[tiny_scorer.info.name]
-    alone = [
-        tiny_scorer.score([image], [caption])[0] for image, caption in zip(images, captions, strict=True)
-    ]
+    alone = [tiny_scorer.score([image], [caption])[0] for image, caption in zip(images, captions, strict=True)]
     order = np.random.default_rng(1).permutation(len(images))
     shuffled = tiny_scorer.score([images[i] for i in order], [captions[i] for i in order])
     atol = NOISE[tiny_scorer.info.name]
@@ -42,9 +40,7 @@ def test_chunks_do_not_change_scores(
     sizes: list[int] = []
     encode = tiny_scorer._image_features
     monkeypatch.setattr(tiny_scorer, "_batch_size", batch_size)
-    monkeypatch.setattr(
-        tiny_scorer, "_image_features", lambda chunk: (sizes.append(len(chunk)), encode(chunk))[1]
-    )
+    monkeypatch.setattr(tiny_scorer, "_image_features", lambda chunk: (sizes.append(len(chunk)), encode(chunk))[1])
     actual = tiny_scorer.score(images, captions)
     assert max(sizes) <= batch_size and sum(sizes) == len(images)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=NOISE[tiny_scorer.info.name])
@@ -53,9 +49,7 @@ def test_chunks_do_not_change_scores(
 def test_a_repeated_prompt_is_embedded_once(tiny_scorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     encode = tiny_scorer._text_features
-    monkeypatch.setattr(
-        tiny_scorer, "_text_features", lambda prompts: (seen.extend(prompts), encode(prompts))[1]
-    )
+    monkeypatch.setattr(tiny_scorer, "_text_features", lambda prompts: (seen.extend(prompts), encode(prompts))[1])
     image = np.full((20, 20, 3), 90, dtype=np.uint8)
     scores = tiny_scorer.score([image] * 4, ["b", "a", "b", "b"])
     assert seen == ["b", "a"]
@@ -102,9 +96,7 @@ def test_info_and_guard(tiny_scorer: Any, images: list[np.ndarray], captions: li
     assert (info.unit, info.higher_is_better) == ({"hpsv2": "cosine", "pickscore": "logit"}[info.name], True)
     assert info.version == {"hpsv2": "v2.1", "pickscore": "v1"}[info.name]
     assert len(info.fingerprint) == 16 and int(info.fingerprint, 16) >= 0
-    np.testing.assert_array_equal(
-        score_images(tiny_scorer, images, captions), tiny_scorer.score(images, captions)
-    )
+    np.testing.assert_array_equal(score_images(tiny_scorer, images, captions), tiny_scorer.score(images, captions))
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "pickscore"])

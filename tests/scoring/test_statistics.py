@@ -45,15 +45,11 @@ def _score_z(delta: float, wins: int, ties: int, losses: int) -> float:
         return -sum(count * math.log(max(p, 1e-300)) for count, p in parts if count)
 
     bounds = (max(0.0, -delta), (1 - delta) / 2)
-    q = optimize.minimize_scalar(
-        negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-13}
-    ).x
+    q = optimize.minimize_scalar(negative_log_likelihood, bounds=bounds, method="bounded", options={"xatol": 1e-13}).x
     return (wins - losses - total * delta) / math.sqrt(total * (2 * q + delta - delta * delta))
 
 
-@pytest.mark.parametrize(
-    "counts", [(6, 139, 16), (30, 5, 10), (12, 0, 3), (1, 40, 1), (3, 97, 0), (5, 2, 200)]
-)
+@pytest.mark.parametrize("counts", [(6, 139, 16), (30, 5, 10), (12, 0, 3), (1, 40, 1), (3, 97, 0), (5, 2, 200)])
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_tango_ends_solve_the_score_equation(counts: tuple[int, int, int], confidence: float) -> None:
     low, high = win_rate_interval(*counts, confidence)
@@ -79,9 +75,7 @@ def test_without_ties_it_is_wilson(wins: int, losses: int, confidence: float) ->
 
 
 @given(COUNTS, CONFIDENCES)
-def test_interval_contains_the_estimate_inside_the_unit_range(
-    counts: tuple[int, int, int], confidence: float
-) -> None:
+def test_interval_contains_the_estimate_inside_the_unit_range(counts: tuple[int, int, int], confidence: float) -> None:
     wins, ties, losses = counts
     low, high = win_rate_interval(wins, ties, losses, confidence)
     assert 0 <= low <= (wins + ties / 2) / sum(counts) <= high <= 1
@@ -110,9 +104,7 @@ def _interval(wins: int, ties: int, losses: int) -> tuple[float, float]:
     return win_rate_interval(wins, ties, losses)
 
 
-@pytest.mark.parametrize(
-    ("p_win", "p_tie"), [(0.5, 0.0), (0.3, 0.4), (0.6, 0.2), (0.15, 0.7), (0.8, 0.1), (0.2, 0.3)]
-)
+@pytest.mark.parametrize(("p_win", "p_tie"), [(0.5, 0.0), (0.3, 0.4), (0.6, 0.2), (0.15, 0.7), (0.8, 0.1), (0.2, 0.3)])
 def test_coverage_is_nominal(p_win: float, p_tie: float) -> None:
     """Exact coverage at 40 prompts: the probabilities of all outcomes whose 95 % interval covers, summed."""
     n, truth = 40, p_win + p_tie / 2

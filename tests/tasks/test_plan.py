@@ -51,7 +51,9 @@ def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[s
         ({"generation": Generation(prompts_per_cycle=200, candidates=1024, height=65536)}, r"workspace=.*GiB are free"),
     ],
 )
-def test_wrong_settings_are_refused(tiny_preset: Path, tmp_path: Path, section: dict[str, Section], message: str) -> None:
+def test_wrong_settings_are_refused(
+    tiny_preset: Path, tmp_path: Path, section: dict[str, Section], message: str
+) -> None:
     with pytest.raises(ParameterError, match=message):
         check(changed(tiny_preset, **section), tmp_path)
 

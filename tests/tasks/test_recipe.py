@@ -32,7 +32,12 @@ def test_a_null_is_the_same_as_left_out() -> None:
 
 @pytest.mark.parametrize(
     ("values", "field"),
-    [({"candidates": 1}, "candidates"), ({"steps": 0}, "steps"), ({"stpes": 3}, "stpes"), ({"guidance": 0.5}, "guidance")],
+    [
+        ({"candidates": 1}, "candidates"),
+        ({"steps": 0}, "steps"),
+        ({"stpes": 3}, "stpes"),
+        ({"guidance": 0.5}, "guidance"),
+    ],
 )
 def test_wrong_numbers_and_unknown_keys_are_refused(values: dict[str, object], field: str) -> None:
     with pytest.raises(ValidationError, match=field):

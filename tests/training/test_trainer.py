@@ -203,7 +203,9 @@ def test_a_folder_without_a_seal_is_refused(tmp_path: Path) -> None:
         PreferencePairs(tmp_path)
 
 
-def test_winner_and_loser_share_noise_and_timestep(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_winner_and_loser_share_noise_and_timestep(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With equal latents on both sides the errors must be equal to the last bit; other noise would show."""
     run = _Run(plan_in(world, tmp_path))
     batch = run.pairs.read(positions_of_step(0, 4, 12, 0))
