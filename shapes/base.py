@@ -6,6 +6,7 @@ pipeline folder. The text encoder starts from the PickScore judge's, which has r
 
 import argparse
 from pathlib import Path
+from random import Random
 
 import torch
 from diffusers import (
@@ -84,7 +85,7 @@ class Denoiser(nn.Module):
         return self.unet(noisy, steps, self.text(ids).last_hidden_state).sample
 
 
-def cached_latents(random: "object") -> tuple[Tensor, Tensor]:
+def cached_latents(random: Random) -> tuple[Tensor, Tensor]:
     """(PICTURES, 4, 8, 8) posterior means and (PICTURES, 20) token ids."""
     single, double = training_scenes()
     scenes = [random.choice(single if random.random() < SINGLE_SHARE else double) for _ in range(PICTURES)]
@@ -142,7 +143,8 @@ def load_denoiser(name: str = "base.safetensors") -> Denoiser:
     """A finished or an intermediate stage."""
     model = Denoiser(build_text_encoder())
     model.load_state_dict(load_tensors(name))
-    return model.eval()
+    model.eval()
+    return model
 
 
 def pipeline(name: str = "base.safetensors", decoder: str = "decoder.safetensors") -> StableDiffusionPipeline:

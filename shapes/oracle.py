@@ -140,7 +140,7 @@ def claims(scenes: Sequence[Scene]) -> Claims:
             row += [COLOUR_NAMES.index(thing.colour), SHAPES.index(thing.shape), int(thing.size == "large")]
         axis = int(scene.relation in ("above", "below"))
         sign = {None: 0, "left of": 1, "above": 1}.get(scene.relation, -1)
-        rows.append(row + [axis, sign])
+        rows.append([*row, axis, sign])
     table = torch.tensor(rows)
     return Claims(table[:, 0], table[:, 1:5:3], table[:, 2:6:3], table[:, 3:7:3], table[:, 7], table[:, 8])
 

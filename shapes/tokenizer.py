@@ -5,6 +5,7 @@ words split exactly as in CLIP. Any other text still has ids, letter by letter.
 """
 
 import gzip
+import itertools
 from pathlib import Path
 
 from transformers import CLIPTokenizer
@@ -24,7 +25,7 @@ def words() -> list[str]:
 def _merges_used(word: str, ranks: dict[tuple[str, str], int]) -> set[tuple[str, str]]:
     parts, used = [*word[:-1], word[-1] + "</w>"], set()
     while len(parts) > 1:
-        pair = min(zip(parts, parts[1:], strict=False), key=lambda p: ranks.get(p, len(ranks)))
+        pair = min(itertools.pairwise(parts), key=lambda p: ranks.get(p, len(ranks)))
         if pair not in ranks:
             break
         used.add(pair)

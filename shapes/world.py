@@ -72,7 +72,7 @@ def parse(caption: str) -> Scene:
             "'a small red circle left of a large blue square on a white background'"
         )
     size, colour, shape, relation, size2, colour2, shape2, background = match.groups()
-    things = (Thing(size, colour, shape),)
+    things: tuple[Thing, ...] = (Thing(size, colour, shape),)
     if relation is not None:
         if colour == colour2:
             raise ValueError(f"prompt {caption!r} gives both things the colour {colour}; they must differ")
@@ -112,7 +112,7 @@ def _change_thing(scene: Scene, attribute: str, random: Random) -> Scene:
     if attribute == "colour":
         taken = {other.colour for other in scene.things}
     changed = replace(thing, **{attribute: _other(options, taken, random)})
-    return replace(scene, things=scene.things[:index] + (changed,) + scene.things[index + 1 :])
+    return replace(scene, things=(*scene.things[:index], changed, *scene.things[index + 1:]))
 
 
 def perturb(scene: Scene, random: Random) -> Scene:
