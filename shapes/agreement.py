@@ -29,7 +29,8 @@ def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float
     share = successes / trials
     centre = share + z * z / (2 * trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return tuple((centre + sign * half) / (1 + z * z / trials) for sign in (-1, 1))
+    whole = 1 + z * z / trials
+    return (centre - half) / whole, (centre + half) / whole
 
 
 def pairwise(guess: Tensor, truth: Tensor, least_gap: float = 0.0) -> tuple[float, int]:

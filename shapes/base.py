@@ -10,7 +10,6 @@ from random import Random
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
@@ -23,7 +22,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from shapes.prompts import training_scenes
 from shapes.render import render
 from shapes.scorers import TEXT_TOWER
-from shapes.stage import MODELS, average, begin, done, flat_then_linear, load_tensors, save_tensors, set_rate
+from shapes.stage import (
+    MODELS,
+    average,
+    begin,
+    declare_float32,
+    done,
+    flat_then_linear,
+    load_tensors,
+    save_tensors,
+    set_rate,
+)
 from shapes.tokenizer import build_tokenizer, vocabulary
 from shapes.vae import encode_all
 from shapes.vae import load as load_vae
@@ -170,7 +179,7 @@ def export(name: str, folder: Path = MODELS / "base") -> None:
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.to(torch.float16)
     pipe.save_pretrained(folder, safe_serialization=True)
-    AutoencoderKL.from_pretrained(folder, subfolder="vae")  # refuses a broken folder at once
+    declare_float32(folder / "text_encoder" / "config.json")
 
 
 def main() -> None:

@@ -36,13 +36,13 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("default", 3000),
-    Setting("early", 500, denoiser="unet-0.4.safetensors"),
-    Setting("middle", 700, denoiser="unet-0.7.safetensors"),
-    Setting("few-steps", 300, steps=5),
-    Setting("guided", 300, guidance=2.0),
-    Setting("ddim", 200, steps=12, ddim=True),
     Setting("tuning", 400),
+    Setting("early", 150, denoiser="unet-0.4.safetensors"),
+    Setting("middle", 800, denoiser="unet-0.7.safetensors"),
+    Setting("default", 2000),
+    Setting("few-steps", 200, steps=5),
+    Setting("guided", 400, guidance=2.0),
+    Setting("ddim", 100, steps=12, ddim=True)
 )
 
 

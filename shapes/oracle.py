@@ -208,7 +208,8 @@ class Oracle:
         scenes = [parse(prompt) for prompt in prompts]
         if not scenes:
             return np.zeros(0, np.float32)
-        return fraction(*check(observe(to_float(images)), claims(scenes))).numpy().astype(np.float32)
+        passed = fraction(*check(observe(to_float(images)), claims(scenes)))
+        return np.asarray(passed, dtype=np.float32)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+from shapes.stage import declare_float32
 from shapes.tokenizer import CONTEXT, build_tokenizer, vocabulary, write_open_clip
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own, as both scorers' pipelines apply them
@@ -99,11 +100,7 @@ class PickScoreJudge(nn.Module):
         clip = CLIPModel(pickscore_config())
         clip.load_state_dict(self.clip.state_dict())
         clip.half().save_pretrained(folder)
-        settings = folder / "config.json"
-        config = json.loads(settings.read_text())
-        for part in (config, config["text_config"], config["vision_config"]):
-            part["dtype"] = "float32"  # half precision is storage only: a CPU computes poorly in it
-        settings.write_text(json.dumps(config, indent=2) + "\n")
+        declare_float32(folder / "config.json")
         picture = CLIPImageProcessor(
             size={"shortest_edge": SIDE},
             crop_size={"height": SIDE, "width": SIDE},
@@ -161,12 +158,17 @@ JUDGES: dict[str, type[PickScoreJudge] | type[HPSv2Judge]] = {
 
 def load_judge(name: str, folder: Path) -> Judge:
     """A shipped judge, by the stock libraries, ready to score."""
+    judge: Judge
     if name == "pickscore":
-        return PickScoreJudge(CLIPModel.from_pretrained(folder, dtype=torch.float32)).eval()
+        judge = PickScoreJudge(CLIPModel.from_pretrained(folder, dtype=torch.float32))
+        judge.eval()
+        return judge
     config = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
     clip = open_clip.CLIP(**config)
     clip.load_state_dict(load_file(folder / "open_clip_model.safetensors"))
-    return HPSv2Judge(clip).eval()
+    judge = HPSv2Judge(clip)
+    judge.eval()
+    return judge
 
 
 @torch.no_grad()

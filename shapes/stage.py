@@ -3,6 +3,7 @@
 Knows nothing of any model. Every stage counts in steps, never in seconds, so that a rerun repeats it.
 """
 
+import json
 import os
 from pathlib import Path
 from random import Random
@@ -54,6 +55,15 @@ def load_tensors(name: str) -> dict[str, torch.Tensor]:
 def done(name: str) -> bool:
     """Whether the stage that ends by writing BUILD/name has finished."""
     return (BUILD / name).exists()
+
+
+def declare_float32(settings: Path) -> None:
+    """Makes transformers load half-precision weights as float32: they are small on disk, but a CPU needs floats."""
+    config = json.loads(settings.read_text())
+    for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
+        if "dtype" in part:
+            part["dtype"] = "float32"
+    settings.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def average(shadow: dict[str, torch.Tensor], model: torch.nn.Module, step: int, limit: float = 0.998) -> None:

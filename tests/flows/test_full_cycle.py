@@ -58,6 +58,21 @@ def test_the_preference_shards_say_who_labelled_them_and_how(cycle: Path) -> Non
         assert row["score_pickscore_0"] is not None
 
 
+def test_common_readers_show_images_and_scores(cycle: Path, tmp_path: Path) -> None:
+    import duckdb
+    import polars
+    from datasets import load_dataset
+
+    files = [str(path) for path in sorted((cycle / "preferences").glob("*.arrow"))]
+    rows = load_dataset("arrow", data_files=files, split="train", cache_dir=str(tmp_path))
+    assert rows[0]["image_0"].size == (32, 32) and isinstance(rows[0]["score_hpsv2_0"], float)
+    frame = polars.concat(polars.read_ipc(file) for file in files)
+    assert len(frame) == len(rows) == 8 and frame["score_pickscore_1"].null_count() == 0
+    light = read_shard(Path(files[0])).drop_columns(["latent_0", "latent_1", "prompt_embedding"])
+    found = duckdb.sql("select caption, score_hpsv2_0, octet_length(image_0.bytes) as size from light").fetchall()
+    assert len(found) == light.num_rows and all(row[2] > 100 for row in found)
+
+
 def test_each_pair_is_the_best_against_the_worst_of_its_prompt(cycle: Path) -> None:
     best: dict[str, list[float]] = {}
     for shard in sorted((cycle / "candidates").glob("*.arrow")):

@@ -76,9 +76,7 @@ def test_base_is_good_but_not_perfect(pictures: Tensor, captions: list[str]) -> 
 
 
 @pytest.mark.parametrize("name", list(JUDGES))
-def test_judges_rank_generated_pictures_as_the_oracle_does(
-    name: str, pictures: Tensor, captions: list[str]
-) -> None:
+def test_judges_rank_generated_pictures_as_the_oracle_does(name: str, pictures: Tensor, captions: list[str]) -> None:
     guess = score(load_judge(name, MODELS / name), pictures, captions).view(PROMPTS, EACH)
     right, pairs = pairwise(guess, oracle_scores(pictures, captions).view(PROMPTS, EACH))
     assert pairs > 80
@@ -115,9 +113,7 @@ def test_hpsv2_folder_is_complete_for_open_clip(pictures: Tensor, captions: list
     config = json.loads((folder / "open_clip_config.json").read_text())
     model = open_clip.CLIP(**config["model_cfg"])
     model.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=True)
-    ids = open_clip.tokenizer.SimpleTokenizer(str(folder / OPEN_CLIP_FILE), context_length=CONTEXT)(
-        captions[:8]
-    )
+    ids = open_clip.tokenizer.SimpleTokenizer(str(folder / OPEN_CLIP_FILE), context_length=CONTEXT)(captions[:8])
     with torch.no_grad():
         image = model.eval().encode_image(standardise(pictures[:8]), normalize=True)
         cosine = (image * model.encode_text(ids, normalize=True)).sum(-1)
@@ -127,9 +123,9 @@ def test_hpsv2_folder_is_complete_for_open_clip(pictures: Tensor, captions: list
 def test_tokenizers_agree() -> None:
     """transformers' and open_clip's ids are equal up to padding, for every prompt and for foreign words."""
     prompts = [prompt for name in COUNTS for prompt in read_set(name)[:100]] + ["Hello, world!", "a pink cat"]
-    open_ids = open_clip.tokenizer.SimpleTokenizer(
-        str(MODELS / "hpsv2" / OPEN_CLIP_FILE), context_length=CONTEXT
-    )(prompts)
+    open_ids = open_clip.tokenizer.SimpleTokenizer(str(MODELS / "hpsv2" / OPEN_CLIP_FILE), context_length=CONTEXT)(
+        prompts
+    )
     for folder in (MODELS / "base" / "tokenizer", MODELS / "pickscore"):
         rows = CLIPTokenizer.from_pretrained(folder)(prompts).input_ids
         assert max(map(len, rows[:-2])) <= CONTEXT

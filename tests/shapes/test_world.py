@@ -88,9 +88,7 @@ def test_layouts_stay_inside_and_apart(scenes: list[Scene]) -> None:
             assert along > 0.6 * (first.radius + second.radius)
 
 
-def test_rendering_repeats_and_does_not_depend_on_the_batch(
-    scenes: list[Scene], pictures: np.ndarray
-) -> None:
+def test_rendering_repeats_and_does_not_depend_on_the_batch(scenes: list[Scene], pictures: np.ndarray) -> None:
     again = to_uint8(render(scenes, Random(6))).numpy()
     assert np.array_equal(again, pictures)
     assert np.array_equal(to_uint8(render(scenes[:3], Random(6))).numpy(), pictures[:3])
@@ -159,11 +157,7 @@ def test_facts_do_not_depend_on_the_batch(pictures: np.ndarray) -> None:
 
 def test_claims_read_a_caption_as_numbers() -> None:
     said = claims([parse("a small red circle below a large cyan triangle on a gray background")])
-    assert (
-        said.colour.tolist() == [[0, 5]]
-        and said.shape.tolist() == [[0, 2]]
-        and said.large.tolist() == [[0, 1]]
-    )
+    assert said.colour.tolist() == [[0, 5]] and said.shape.tolist() == [[0, 2]] and said.large.tolist() == [[0, 1]]
     assert (said.background.item(), said.axis.item(), said.sign.item()) == (2, 1, -1)
 
 
