@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HEADER = "| experiment | cycle | labelled by | judge | prompts | wins / ties / losses | win rate | 95 % interval | promoted |"
+COLUMNS = ["experiment", "cycle", "labelled by", "judge", "prompts", "W / T / L", "win rate", "95 % interval"]
+HEADER = f"| {' | '.join([*COLUMNS, 'promoted'])} |"
 
 
 def row(cycle: Path, verdict: dict[str, Any], scorer: str, promoted: str) -> str:
@@ -32,7 +33,7 @@ def rows(cycle: Path) -> list[str]:
 
 def main(workspace: str = "workspace") -> None:
     print(HEADER)
-    print("|---" * HEADER.count(" |") + "|")
+    print("|---" * (len(COLUMNS) + 1) + "|")
     for finished in sorted(Path(workspace).glob("*/cycles/*/finished.json")):
         print("\n".join(rows(finished.parent)))
 

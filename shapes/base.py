@@ -5,6 +5,7 @@ pipeline folder. The text encoder starts from the PickScore judge's, which has r
 """
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -37,11 +38,11 @@ from shapes.tokenizer import build_tokenizer, vocabulary
 from shapes.vae import encode_all
 from shapes.vae import load as load_vae
 
-STEPS, BATCH, RATE = 3000, 64, 2e-3
+BATCH = 64
+FLAT = 0.5  # share of a schedule before the learning rate falls
 PICTURES = 24576  # rendered and encoded once
 SINGLE_SHARE = 0.15  # of the pictures show one thing
 DROP = 0.1  # captions replaced by the empty one, so that guidance stays possible
-CHECKPOINTS = (0.4, 0.7)  # of the schedule; their worse pictures teach the judges
 NOISE = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
@@ -106,35 +107,69 @@ def cached_latents(random: Random) -> tuple[Tensor, Tensor]:
     return torch.cat(latents), ids
 
 
-def denoising_loss(model: Denoiser, noise: DDPMScheduler, latents: Tensor, ids: Tensor) -> Tensor:
-    """Noise-prediction error with min-SNR weights (gamma 5, floor 0.02)."""
+def denoising_loss(
+    model: Denoiser, noise: DDPMScheduler, latents: Tensor, ids: Tensor, lift: float
+) -> Tensor:
+    """Noise-prediction error weighted by (min(SNR, 5) + lift) / SNR, at least 0.02.
+
+    Lift 0 is min-SNR weighting; a positive lift raises the noisiest steps, where the caption decides the layout.
+    """
     steps = torch.randint(noise.config.num_train_timesteps, (len(latents),))
     target = torch.randn_like(latents)
     noisy = noise.add_noise(latents, target, steps).to(memory_format=torch.channels_last)
     kept = noise.alphas_cumprod[steps]
     snr = kept / (1 - kept)
-    weight = (snr.clamp(max=5) / snr).clamp(min=0.02)
+    weight = ((snr.clamp(max=5) + lift) / snr).clamp(min=0.02)
     error = (model(noisy, steps, ids) - target).square().mean((1, 2, 3))
     return (weight * error).mean()
 
 
-def train(steps: int) -> None:
-    """Runs the schedule; writes unet-<share>.safetensors on the way and base.safetensors last."""
-    random = begin(seed=21)
+@dataclass(frozen=True)
+class Round:
+    """One learning-rate schedule; `start` names the round it continues, None = the judge's text tower."""
+
+    result: str
+    steps: int
+    rate: float
+    lift: float
+    start: str | None
+    seed: int
+    marks: dict[
+        float, str
+    ]  # share of the schedule -> file of that unfinished denoiser, which teaches the judges
+
+
+ROUNDS = (
+    Round(
+        "base-1.safetensors",
+        3000,
+        2e-3,
+        0.0,
+        None,
+        21,
+        {0.4: "unet-0.4.safetensors", 0.7: "unet-0.7.safetensors"},
+    ),
+    Round("base.safetensors", 3600, 1.5e-3, 0.1, "base-1.safetensors", 22, {0.5: "unet-1.5.safetensors"}),
+)
+
+
+def train(part: Round) -> None:
+    """Runs one round; writes its unfinished denoisers on the way and the averaged result last."""
+    random = begin(part.seed)
     latents, ids = cached_latents(random)
     empty = build_tokenizer()("", padding="max_length", return_tensors="pt").input_ids
-    model = Denoiser(initial_text_encoder())
+    model = load_denoiser(part.start).train() if part.start else Denoiser(initial_text_encoder())
     noise = DDPMScheduler(**NOISE)
-    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=1e-3, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(model.parameters(), part.rate, weight_decay=1e-3, betas=(0.9, 0.99))
     shadow = {key: value.clone() for key, value in model.state_dict().items()}
-    marks = {int(share * steps): share for share in CHECKPOINTS}
-    bar = tqdm(range(steps), desc="base", mininterval=10)
+    marks = {int(share * part.steps): name for share, name in part.marks.items()}
+    bar = tqdm(range(part.steps), desc=part.result, mininterval=10)
     mean = 0.0
     for step in bar:
-        set_rate(optimizer, RATE * flat_then_linear(step, steps, warmup=100, flat=0.5))
+        set_rate(optimizer, part.rate * flat_then_linear(step, part.steps, warmup=100, flat=FLAT))
         index = torch.randint(len(latents), (BATCH,))
         texts = torch.where(torch.rand(BATCH, 1) < DROP, empty, ids[index])
-        loss = denoising_loss(model, noise, latents[index], texts)
+        loss = denoising_loss(model, noise, latents[index], texts, part.lift)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,8 +179,8 @@ def train(steps: int) -> None:
         if step % 100 == 0:
             bar.set_postfix(loss=f"{mean / (1 - 0.99 ** (step + 1)):.4f}")
         if step in marks:
-            save_tensors(shadow, f"unet-{marks[step]}.safetensors")
-    save_tensors(shadow, "base.safetensors")
+            save_tensors(shadow, marks[step])
+    save_tensors(shadow, part.result)
 
 
 def load_denoiser(name: str = "base.safetensors") -> Denoiser:
@@ -185,13 +220,14 @@ def export(name: str, folder: Path = MODELS / "base") -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", nargs="?", choices=("train", "export"), default="train")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--name", default="base.safetensors", help="which stage to export")
+    parser.add_argument("--name", default="base.safetensors", help="which denoiser to export")
     given = parser.parse_args()
     if given.stage == "export":
         export(given.name)
-    elif not done("base.safetensors"):
-        train(given.steps)
+        return
+    for part in ROUNDS:
+        if not done(part.result):
+            train(part)
 
 
 if __name__ == "__main__":

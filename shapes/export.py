@@ -4,13 +4,14 @@ import argparse
 from pathlib import Path
 
 from shapes.base import export as export_base
+from shapes.judge_training import STAGES
 from shapes.scorers import JUDGES
 from shapes.stage import MODELS, done, load_tensors
 
 
 def export_judge(name: str, folder: Path) -> None:
     """The judge's last finished stage."""
-    stage = "generated" if done(f"{name}-generated.safetensors") else "clean"
+    stage = [stage for stage in STAGES if done(f"{name}-{stage}.safetensors")][-1]
     judge = JUDGES[name]()
     judge.load_state_dict(load_tensors(f"{name}-{stage}.safetensors"))
     judge.save(folder)

@@ -36,13 +36,15 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("tuning", 400),
     Setting("early", 150, denoiser="unet-0.4.safetensors"),
     Setting("middle", 800, denoiser="unet-0.7.safetensors"),
-    Setting("default", 2000),
+    Setting("first-round", 1200, denoiser="base-1.safetensors"),
+    Setting("second-round", 800, denoiser="unet-1.5.safetensors"),
+    Setting("tuning", 400),
+    Setting("default", 1600),
     Setting("few-steps", 200, steps=5),
-    Setting("guided", 400, guidance=2.0),
-    Setting("ddim", 100, steps=12, ddim=True)
+    Setting("guided", 300, guidance=2.0),
+    Setting("ddim", 100, steps=12, ddim=True),
 )
 
 

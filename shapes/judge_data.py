@@ -26,6 +26,9 @@ class Pool:
     facts: Facts  # of the g * GROUP pictures
 
 
+Batch = tuple[list[Scene], Tensor, Facts]  # m captions, m * GROUP pictures in [0, 1], their facts
+
+
 def rows_of(facts: Facts, index: Tensor) -> Facts:
     """The facts of some pictures."""
     return Facts(*(getattr(facts, name)[index] for name in Facts.__annotations__))
@@ -59,7 +62,7 @@ def rendered_pool(scenes: list[Scene], random: Random) -> Pool:
     return pool_of(scenes, render(shown, random))
 
 
-def draw(pool: Pool, groups: int, generator: torch.Generator) -> tuple[list[Scene], Tensor, Facts]:
+def draw(pool: Pool, groups: int, generator: torch.Generator) -> Batch:
     """A random batch: scenes (groups), pictures (groups * GROUP, 3, 32, 32) in [0, 1] and their facts."""
     chosen = torch.randint(len(pool.scenes), (groups,), generator=generator)
     index = (chosen[:, None] * GROUP + torch.arange(GROUP)).flatten()

@@ -6,24 +6,47 @@ oracle fractions, PickScore's pairwise term within each group, and an attribute 
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shapes.judge_data import GROUP, Pool, attributes, draw, oracle_matrix, pool_of, rendered_pool
+from shapes.judge_data import GROUP, Batch, Pool, attributes, draw, oracle_matrix, pool_of, rendered_pool
+from shapes.oracle import Facts, check, claims, fraction
 from shapes.prompts import read_set, training_scenes
 from shapes.scorers import EMBEDDING, JUDGES, Judge, score
 from shapes.stage import BUILD, average, begin, done, flat_then_linear, load_tensors, save_tensors, set_rate
 from shapes.world import Scene, parse
 
 GROUPS = 24  # a step: 24 captions with 4 pictures each
-STEPS = {"clean": 900, "generated": 1500}
-RATE = {"clean": 1.0e-3, "generated": 8e-4}
-SEEDS = {"pickscore": 11, "hpsv2": 12}
 RENDERED_GROUPS = 5000
-GENERATED_SHARE = 0.7  # of the captions of a step, once generated pictures exist
+SEEDS = {"pickscore": 11, "hpsv2": 12}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One learning-rate schedule; `after` = the stage it continues, `pictures` = generation settings it learns from."""
+
+    steps: int
+    rate: float
+    share: float  # of a step's captions come with generated pictures, the others with rendered ones
+    seed: int
+    after: str | None = None
+    pictures: tuple[str, ...] = ()
+
+
+UNFINISHED = ("early", "middle", "first-round")
+STAGES = {
+    "clean": Stage(900, 1e-3, 0.0, 0),
+    "unfinished": Stage(800, 8e-4, 0.6, 100, "clean", UNFINISHED),
+    "finished": Stage(
+        700, 6e-4, 0.8, 200, "unfinished", (*UNFINISHED, "second-round", "default", "few-steps", "guided", "ddim")
+    ),
+}
 
 
 class AttributeHead(nn.Module):
@@ -53,7 +76,7 @@ def pair_loss(scores: Tensor, truth: Tensor) -> Tensor:
     return F.softplus(-gap)[better].mean()
 
 
-def losses(judge: Judge, head: AttributeHead, batch: tuple, ids: dict[Scene, Tensor]) -> dict[str, Tensor]:
+def losses(judge: Judge, head: AttributeHead, batch: Batch, ids: dict[Scene, Tensor]) -> dict[str, Tensor]:
     """The three terms of one step."""
     scenes, images, facts = batch
     pictures, texts = judge.image(images), judge.text(torch.stack([ids[scene] for scene in scenes]))
@@ -80,8 +103,6 @@ def agreement(judge: Judge, pool: Pool) -> tuple[float, int]:
     """Pairwise accuracy within groups over the pairs that the oracle ranks, ties of the judge counted half; pairs."""
     captions = [scene.caption() for scene in pool.scenes for _ in range(GROUP)]
     guess = score(judge, pool.images.float() / 255, captions).view(-1, GROUP)
-    from shapes.oracle import check, claims, fraction
-
     truth = fraction(*check(pool.facts, claims([parse(caption) for caption in captions]))).view(-1, GROUP)
     better = truth[:, :, None] > truth[:, None, :] + 1e-4
     gap = guess[:, :, None] - guess[:, None, :]
@@ -89,99 +110,83 @@ def agreement(judge: Judge, pool: Pool) -> tuple[float, int]:
     return right[better].mean().item(), int(better.sum())
 
 
-def generated_pools() -> tuple[list[Pool], Pool | None]:
-    """Training pools (one a generation setting) and the validation pool on tuning prompts, as far as they exist."""
-    pools, check_pool = [], None
-    for path in sorted(BUILD.glob("generated-*.safetensors")):
-        stored = load_tensors(path.name)
-        captions = (BUILD / path.name.replace(".safetensors", ".txt")).read_text().splitlines()
-        pool = pool_of([parse(caption) for caption in captions], stored["images"].float() / 255)
-        if "tuning" in path.name:
-            check_pool = pool
-        else:
-            pools.append(pool)
-    return pools, check_pool
+def generated_pool(names: Sequence[str]) -> Pool:
+    """One pool of the pictures of some generation settings."""
+    scenes, images = [], []
+    for name in names:
+        captions = (BUILD / f"generated-{name}.txt").read_text().splitlines()
+        scenes += [parse(caption) for caption in captions]
+        images.append(load_tensors(f"generated-{name}.safetensors")["images"])
+    return pool_of(scenes, torch.cat(images).float() / 255)
 
 
-def merge(pools: list[Pool]) -> Pool:
-    """One pool of all groups."""
-    facts = type(pools[0].facts)
-    joined = facts(*(torch.cat([getattr(p.facts, name) for p in pools]) for name in facts.__annotations__))
-    return Pool([scene for p in pools for scene in p.scenes], torch.cat([p.images for p in pools]), joined)
-
-
-def join(first: tuple, second: tuple) -> tuple:
+def join(first: Batch, second: Batch) -> Batch:
     """One batch of two."""
-    facts = type(first[2])
-    rows = facts(
-        *(torch.cat([getattr(b[2], name) for b in (first, second)]) for name in facts.__annotations__)
-    )
-    return first[0] + second[0], torch.cat([first[1], second[1]]), rows
+    pairs = [(getattr(first[2], name), getattr(second[2], name)) for name in Facts.__annotations__]
+    return first[0] + second[0], torch.cat([first[1], second[1]]), Facts(*map(torch.cat, pairs))
 
 
-def train(name: str, stage: str, steps: int) -> None:
-    """Runs one stage of one judge and writes its averaged weights."""
-    random = begin(SEEDS[name] + 100 * (stage == "generated"))
-    generator = torch.Generator().manual_seed(SEEDS[name])
-    judge, head = JUDGES[name](), AttributeHead()
+def rendered_scenes(random: Random) -> list[Scene]:
+    """The captions of the rendered groups; one in eight describes one thing."""
     single, double = training_scenes()
-    scenes = [random.choice(single if random.random() < 0.12 else double) for _ in range(RENDERED_GROUPS)]
-    rendered = rendered_pool(scenes, random)
-    tuning = [parse(text) for text in read_set("tuning")]
-    checks = {"clean": rendered_pool(tuning, random)}
-    generated = None
-    if stage == "generated":
-        judge.load_state_dict(load_tensors(f"{name}-clean.safetensors"))
-        head.load_state_dict(load_tensors(f"{name}-clean-head.safetensors"))
-        pools, check_pool = generated_pools()
-        generated = merge(pools)
-        if check_pool is not None:
-            checks["generated"] = check_pool
+    return [random.choice(single if random.random() < 0.12 else double) for _ in range(RENDERED_GROUPS)]
+
+
+def checks_of(random: Random) -> dict[str, Pool]:
+    """Validation pools, on tuning prompts only: rendered and, once there, generated by the finished base."""
+    pools = {"clean": rendered_pool([parse(text) for text in read_set("tuning")], random)}
+    if done("generated-tuning.safetensors"):
+        pools["generated"] = generated_pool(["tuning"])
+    return pools
+
+
+def train(name: str, stage_name: str) -> None:
+    """Runs one stage of one judge and writes its averaged weights."""
+    stage = STAGES[stage_name]
+    random = begin(SEEDS[name] + stage.seed)
+    generator = torch.Generator().manual_seed(SEEDS[name] + stage.seed)
+    judge, head = JUDGES[name](), AttributeHead()
+    if stage.after:
+        judge.load_state_dict(load_tensors(f"{name}-{stage.after}.safetensors"))
+        head.load_state_dict(load_tensors(f"{name}-{stage.after}-head.safetensors"))
+    rendered = rendered_pool(rendered_scenes(random), random)
+    generated = generated_pool(stage.pictures) if stage.pictures else None
+    checks = checks_of(random)
     known = list(dict.fromkeys(rendered.scenes + (generated.scenes if generated else [])))
     ids = dict(zip(known, judge.token_ids([scene.caption() for scene in known]), strict=True))
-    optimizer = torch.optim.AdamW([*judge.parameters(), *head.parameters()], RATE[stage], weight_decay=0.05)
+    optimizer = torch.optim.AdamW([*judge.parameters(), *head.parameters()], stage.rate, weight_decay=0.05)
     shadow = {key: value.clone() for key, value in judge.state_dict().items()}
-    bar = tqdm(range(steps), desc=f"{name} {stage}", mininterval=10)
+    share = round(GROUPS * stage.share)
+    bar = tqdm(range(stage.steps), desc=f"{name} {stage_name}", mininterval=10)
     for step in bar:
-        set_rate(optimizer, RATE[stage] * flat_then_linear(step, steps, warmup=100, flat=0.3))
-        if generated is None:
-            batch = draw(rendered, GROUPS, generator)
-        else:
-            share = round(GROUPS * GENERATED_SHARE)
-            batch = join(draw(generated, share, generator), draw(rendered, GROUPS - share, generator))
+        set_rate(optimizer, stage.rate * flat_then_linear(step, stage.steps, warmup=100, flat=0.3))
+        batch = draw(rendered, GROUPS - share, generator)
+        if generated is not None:
+            batch = join(draw(generated, share, generator), batch)
         terms = losses(judge, head, batch, ids)
-        reading = 0.5 * max(
-            0.1, 1 - step / (0.7 * steps)
-        )  # the head leads first, the score itself decides later
+        reading = 0.5 * max(0.1, 1 - step / (0.7 * stage.steps))  # the head leads first, the score decides later
         loss = 10 * terms["matrix"] + terms["pair"] + reading * terms["reading"]
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(judge.parameters(), 1.0)
         optimizer.step()
         average(shadow, judge, step, limit=0.99)
-        if step % 100 == 0 or step == steps - 1:
-            results = (
-                {key: agreement(judge.eval(), pool) for key, pool in checks.items()}
-                if step % 200 == 0
-                else {}
-            )
-            judge.train()
-            shown = {key: f"{value.item():.3f}" for key, value in terms.items()}
-            tqdm.write(f"{step} {shown} {results}")
+        if step % 100 == 0:
+            tqdm.write(f"{step} { {key: round(value.item(), 3) for key, value in terms.items()} }")
     judge.load_state_dict(shadow)
-    tqdm.write(f"final { ({key: agreement(judge.eval(), pool) for key, pool in checks.items()}) }")
-    save_tensors(head.state_dict(), f"{name}-{stage}-head.safetensors")
-    save_tensors(judge.state_dict(), f"{name}-{stage}.safetensors")
+    judge.eval()
+    tqdm.write(f"final { {key: agreement(judge, pool) for key, pool in checks.items()} }")
+    save_tensors(head.state_dict(), f"{name}-{stage_name}-head.safetensors")
+    save_tensors(judge.state_dict(), f"{name}-{stage_name}.safetensors")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("judge", choices=tuple(JUDGES))
-    parser.add_argument("stage", choices=tuple(STEPS))
-    parser.add_argument("--steps", type=int, help="default: the schedule of the shipped models")
+    parser.add_argument("stage", choices=tuple(STAGES))
     given = parser.parse_args()
     if not done(f"{given.judge}-{given.stage}.safetensors"):
-        train(given.judge, given.stage, given.steps or STEPS[given.stage])
+        train(given.judge, given.stage)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def _change_thing(scene: Scene, attribute: str, random: Random) -> Scene:
     if attribute == "colour":
         taken = {other.colour for other in scene.things}
     changed = replace(thing, **{attribute: _other(options, taken, random)})
-    return replace(scene, things=(*scene.things[:index], changed, *scene.things[index + 1:]))
+    return replace(scene, things=(*scene.things[:index], changed, *scene.things[index + 1 :]))
 
 
 def perturb(scene: Scene, random: Random) -> Scene:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 METRICS = "metrics.jsonl"
+MAX_SKIPPED = 20
+"""A float16 gradient may overflow while the loss scale is being found; so many in a row mean that it never fits."""
+FROZEN = {"fp16": "float16", "bf16": "bfloat16"}
+"""Precision of frozen weights under each autocast precision; without autocast the plan's dtype."""
 Metrics = dict[str, float]
 
 
@@ -75,6 +79,8 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
             metrics = run.step(step)
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
                 raise TrainingDiverged(_diverged(step, metrics, plan))
+            if all(m["skipped"] for m in [*history[1 - MAX_SKIPPED :], metrics]) and step + 1 >= MAX_SKIPPED:
+                raise TrainingDiverged(_overflowing(step))
             history.append(metrics)
             log.write(json.dumps(metrics) + "\n")
             log.flush()
@@ -92,6 +98,13 @@ def _diverged(step: int, metrics: Metrics, plan: TrainingPlan) -> str:
     )
 
 
+def _overflowing(step: int) -> str:
+    return (
+        f"step {step + 1}: {MAX_SKIPPED} steps in a row overflowed float16 and were skipped; "
+        "use training.mixed_precision=bf16 or no"
+    )
+
+
 def _read_metrics(output: Path, steps: int) -> list[Metrics]:
     """The metrics of the steps that the resumed checkpoint holds; what came after it is cut off the file."""
     path = output / METRICS
@@ -106,7 +119,10 @@ class _Run:
 
     def __init__(self, plan: TrainingPlan) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
+        # accelerate keeps one state a process and refuses another precision in it; a worker trains many plans.
+        AcceleratorState._reset_state(reset_partial_state=False)
         device = resolve_device(plan.device)
         self.plan = plan
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=plan.mixed_precision)
@@ -155,8 +171,11 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         metrics = _mean_metrics(outputs)
+        # A step that float16 overflow skipped changed nothing; its infinite norm is no divergence.
+        skipped = self.accelerator.optimizer_step_was_skipped
+        metrics |= {"skipped": float(skipped), "grad_norm": 0.0 if skipped else float(norm)}
         pace = plan.batch_size / (time.perf_counter() - started)
-        return {"step": step + 1, **metrics, "grad_norm": float(norm), "learning_rate": rate, "pairs_per_second": pace}
+        return {"step": step + 1, **metrics, "learning_rate": rate, "pairs_per_second": pace}
 
     def loss(self, batch: PairBatch) -> LossOutput:
         """Per-pair Diffusion-DPO losses: winner and loser share noise, timestep and prompt."""
@@ -203,9 +222,10 @@ def void(_: object) -> None:
 
 
 def _policy(plan: TrainingPlan, device: str) -> Policy:
+    frozen = FROZEN.get(plan.mixed_precision, plan.dtype)
     if plan.method == "full":
-        return FullPolicy(plan.model, device, plan.dtype)
-    return LoraPolicy(plan.model, plan.lora, device, plan.dtype, plan.seed)
+        return FullPolicy(plan.model, device, frozen)
+    return LoraPolicy(plan.model, plan.lora, device, frozen, plan.seed)
 
 
 def learning_rate(plan: TrainingPlan, step: int) -> float:

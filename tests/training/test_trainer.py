@@ -158,6 +158,19 @@ def test_adapter_weights_train_in_float32_under_a_half_precision_base(world: Pat
     assert policy.unet.conv_in.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_mixed_precision_still_starts_at_ln_2_and_moves_the_right_way(world: Path, tmp_path: Path, method: str) -> None:
+    plan = plan_in(world, tmp_path, method=method, mixed_precision="bf16", batch_size=12, micro_batch_size=6)
+    run = _Run(plan)
+    first = run.step(0)
+    if method == "lora":  # bfloat16 reference and policy are the same network, to the last bit
+        assert first["margin"] == 0.0
+    assert first["loss"] == pytest.approx(math.log(2), abs=0.3) and first["skipped"] == 0.0
+    assert all(p.dtype == torch.float32 for p in run.policy.parameters())
+    metrics = run.loss(run.pairs.read(positions_of_step(0, 12, 12, 0))).metrics
+    assert metrics["winner_error_delta"].mean() < metrics["loser_error_delta"].mean()
+
+
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(world: Path, tmp_path: Path) -> None:
     plan = plan_in(world, tmp_path, checkpoint_every=1)
     broken = tmp_path / "checkpoint-000002" / "weights.safetensors"
