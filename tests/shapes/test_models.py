@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -29,6 +28,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def open_clip_tokenizer() -> open_clip.tokenizer.SimpleTokenizer:
+    """open_clip's tokenizer on the shipped merges."""
+    return open_clip.tokenizer.SimpleTokenizer(str(MODELS / "hpsv2" / OPEN_CLIP_FILE), context_length=CONTEXT)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +80,7 @@ def test_base_is_good_but_not_perfect(pictures: Tensor, captions: list[str]) -> 
 
 
 @pytest.mark.parametrize("name", list(JUDGES))
-def test_judges_rank_generated_pictures_as_the_oracle_does(name: str, pictures: Tensor, captions: list[str]) -> None:
+def test_judges_agree_with_the_oracle(name: str, pictures: Tensor, captions: list[str]) -> None:
     guess = score(load_judge(name, MODELS / name), pictures, captions).view(PROMPTS, EACH)
     right, pairs = pairwise(guess, oracle_scores(pictures, captions).view(PROMPTS, EACH))
     assert pairs > 80
@@ -113,7 +117,7 @@ def test_hpsv2_folder_is_complete_for_open_clip(pictures: Tensor, captions: list
     config = json.loads((folder / "open_clip_config.json").read_text())
     model = open_clip.CLIP(**config["model_cfg"])
     model.load_state_dict(load_file(folder / "open_clip_model.safetensors"), strict=True)
-    ids = open_clip.tokenizer.SimpleTokenizer(str(folder / OPEN_CLIP_FILE), context_length=CONTEXT)(captions[:8])
+    ids = open_clip_tokenizer()(captions[:8])
     with torch.no_grad():
         image = model.eval().encode_image(standardise(pictures[:8]), normalize=True)
         cosine = (image * model.encode_text(ids, normalize=True)).sum(-1)
@@ -123,9 +127,7 @@ def test_hpsv2_folder_is_complete_for_open_clip(pictures: Tensor, captions: list
 def test_tokenizers_agree() -> None:
     """transformers' and open_clip's ids are equal up to padding, for every prompt and for foreign words."""
     prompts = [prompt for name in COUNTS for prompt in read_set(name)[:100]] + ["Hello, world!", "a pink cat"]
-    open_ids = open_clip.tokenizer.SimpleTokenizer(str(MODELS / "hpsv2" / OPEN_CLIP_FILE), context_length=CONTEXT)(
-        prompts
-    )
+    open_ids = open_clip_tokenizer()(prompts)
     for folder in (MODELS / "base" / "tokenizer", MODELS / "pickscore"):
         rows = CLIPTokenizer.from_pretrained(folder)(prompts).input_ids
         assert max(map(len, rows[:-2])) <= CONTEXT
@@ -133,7 +135,7 @@ def test_tokenizers_agree() -> None:
 
 
 def test_wilson_interval() -> None:
-    """8 of 10 at z = 1.96: centre (0.8 + 0.19208) / 1.38416, half width 0.2266... / ... gives [.490, .943]."""
+    """8 of 10 at z = 1.96: ((0.8 + 0.19208) -+ 1.96 sqrt(0.016 + 0.009604)) / 1.38416 = .490, .943."""
     assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
     assert wilson(0, 0) == (0.0, 1.0)
 
@@ -146,4 +148,3 @@ def test_pairwise_counts_ties_half_and_skips_equal_truths() -> None:
 
 BAND = (0.30, 0.75)
 FLOOR = {"pickscore": 0.70, "hpsv2": 0.70}
-_ = Path

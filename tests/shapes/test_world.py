@@ -88,7 +88,7 @@ def test_layouts_stay_inside_and_apart(scenes: list[Scene]) -> None:
             assert along > 0.6 * (first.radius + second.radius)
 
 
-def test_rendering_repeats_and_does_not_depend_on_the_batch(scenes: list[Scene], pictures: np.ndarray) -> None:
+def test_rendering_does_not_depend_on_the_batch(scenes: list[Scene], pictures: np.ndarray) -> None:
     again = to_uint8(render(scenes, Random(6))).numpy()
     assert np.array_equal(again, pictures)
     assert np.array_equal(to_uint8(render(scenes[:3], Random(6))).numpy(), pictures[:3])
@@ -110,7 +110,7 @@ def test_one_attribute_off_is_never_exact(scenes: list[Scene], pictures: np.ndar
 
 
 def test_score_counts_checks() -> None:
-    """A wrong background fails 1 of 5 checks; a wrong colour takes shape and size with it and is dirt: 1 left."""
+    """A wrong background fails 1 check of 5; a wrong colour takes shape and size along and is dirt."""
     scene = parse("a large red circle on a white background")
     picture = to_uint8(render([scene], Random(1))).numpy()
     said = ["a large red circle on a black background", "a large blue circle on a white background"]
@@ -157,7 +157,9 @@ def test_facts_do_not_depend_on_the_batch(pictures: np.ndarray) -> None:
 
 def test_claims_read_a_caption_as_numbers() -> None:
     said = claims([parse("a small red circle below a large cyan triangle on a gray background")])
-    assert said.colour.tolist() == [[0, 5]] and said.shape.tolist() == [[0, 2]] and said.large.tolist() == [[0, 1]]
+    assert said.colour.tolist() == [[0, 5]]
+    assert said.shape.tolist() == [[0, 2]]
+    assert said.large.tolist() == [[0, 1]]
     assert (said.background.item(), said.axis.item(), said.sign.item()) == (2, 1, -1)
 
 
