@@ -11,7 +11,7 @@ from prefect import flow
 from pydantic import Field
 
 from flows import stages
-from tasks.plan import begin_run, check, end_run, plan_cycle
+from tasks.plan import begin_run, check, end_run, note_failure, plan_cycle
 from tasks.progress import show_logs
 from tasks.promote import promote
 from tasks.recipe import Recipe, resolve
@@ -94,11 +94,15 @@ def exclusive(experiment: Experiment) -> Iterator[None]:
 def run_cycles(experiment: Experiment, recipe: Recipe, cycles: int) -> list[str]:
     """Begin a run or resume the unfinished one of these parameters; finished cycles are passed over."""
     path, run = begin_run(experiment, recipe, cycles)
-    for number in run.cycles:
-        cycle = experiment.cycle(number)
-        if not cycle.finished.is_file():
-            plan_cycle(experiment, run, number)
-            run_cycle(experiment, cycle)
+    try:
+        for number in run.cycles:
+            cycle = experiment.cycle(number)
+            if not cycle.finished.is_file():
+                plan_cycle(experiment, run, number)
+                run_cycle(experiment, cycle)
+    except Exception as error:
+        note_failure(path, run, error)
+        raise
     end_run(path, run)
     return [str(experiment.cycle(number).report) for number in run.cycles]
 

@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,11 +22,14 @@ from urllib.parse import urlparse
 from uuid import UUID
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENT = "rlaif/full-cycle"
 POOL = "rlaif"
+ELSEWHERE = -1  # in place of a process id: the run's process is another machine's, and not ours to judge
+UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
 START_SECONDS = 240  # the first start migrates an empty database: 20 s on a quiet machine, far more on a busy one
 
 
@@ -44,6 +48,9 @@ def main() -> int:
 def _environment() -> None:
     """The project keeps its Prefect state to itself, under .prefect/, unless the user says otherwise."""
     os.chdir(ROOT)
+    os.environ["PWD"] = str(ROOT)  # prefect.yaml takes the runs' working folder from it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
+    signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     os.environ.setdefault("PREFECT_HOME", str(ROOT / ".prefect"))
     os.environ.setdefault("PREFECT_API_URL", tomllib.loads((ROOT / "prefect.toml").read_text())["api"]["url"])
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
@@ -77,11 +84,11 @@ def _alive(name: str) -> int | None:
     file = home() / f"{name}.pid"
     if not file.is_file():
         return None
-    pid = int(file.read_text())
     try:
+        pid = int(file.read_text())
         os.kill(pid, 0)
         ours = not Path("/proc").is_dir() or b"prefect" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
+    except (OSError, ValueError):
         return None
     return pid if ours else None  # the number may have been given to another process since
 
@@ -132,6 +139,12 @@ def _healthy() -> bool:
         return False
 
 
+def _taken(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        return probe.connect_ex((host, port)) == 0
+
+
 def start_server() -> bool:
     """True when started here; False when one answers already at PREFECT_API_URL."""
     url = os.environ["PREFECT_API_URL"]
@@ -139,6 +152,11 @@ def start_server() -> bool:
         say(f"using the Prefect server at {url}")
         return False
     place = urlparse(url)
+    if _taken(str(place.hostname), place.port or 4200):
+        raise SystemExit(
+            f"rlaif: port {place.port} is taken by something that is no Prefect server; "
+            "set PREFECT_API_URL, for example to http://127.0.0.1:4299/api"
+        )
     say(f"starting a Prefect server at {url} (about 20 seconds the first time)")
     command = ["prefect", "server", "start", "--host", str(place.hostname), "--port", str(place.port or 4200)]
     process = _spawn("server", command)
@@ -174,9 +192,8 @@ def deploy() -> None:
         raise SystemExit(f"rlaif: prefect deploy failed:\n{result.stdout}{result.stderr}")
 
 
-def drop_missed_nights() -> None:
-    """Forget nightly runs whose hour passed while nothing ran here: they would all start at once now."""
-    from prefect.client.orchestration import get_client
+def _our_runs(client: "SyncPrefectClient", *states: str) -> "list[FlowRun]":
+    """The deployment's runs in any of these states (SCHEDULED, PENDING, RUNNING, CANCELLING ...)."""
     from prefect.client.schemas.filters import (
         DeploymentFilter,
         DeploymentFilterName,
@@ -186,15 +203,67 @@ def drop_missed_nights() -> None:
     )
     from prefect.client.schemas.objects import StateType
 
-    scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+    kinds = FlowRunFilterStateType(any_=[StateType(state) for state in states])
+    wanted = FlowRunFilter(state=FlowRunFilterState(type=kinds))
     ours = DeploymentFilter(name=DeploymentFilterName(any_=[DEPLOYMENT.split("/")[1]]))
+    return client.read_flow_runs(flow_run_filter=wanted, deployment_filter=ours)
+
+
+def clear_left_overs() -> None:
+    """Before a worker of ours starts: what was left behind while none ran.
+
+    Nightly runs whose hour passed would all start at once now. A run whose process is gone (kill -9, power cut)
+    would hold the pool's only place for ever, since nobody was there to report it.
+    """
+    from prefect.client.orchestration import get_client
+
     with get_client(sync_client=True) as client:
-        runs = client.read_flow_runs(flow_run_filter=scheduled, deployment_filter=ours)
-        missed = [run for run in runs if _missed(run)]
+        missed = [run for run in _our_runs(client, "SCHEDULED") if _missed(run)]
         for run in missed:
             client.delete_flow_run(run.id)
+        dead = [run for run in _our_runs(client, *UNFINISHED) if _process(run) is None]
+        for run in dead:
+            _report_crash(client, run)
     if missed:
         say(f"dropped {len(missed)} nightly runs that were missed while no worker ran")
+    if dead:
+        say(f"{len(dead)} runs had ended without a word; the same parameters resume them")
+
+
+def stop_runs() -> None:
+    """End the processes of unfinished runs: a run outlives its worker, and its work is kept."""
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        for run in _our_runs(client, *UNFINISHED):
+            pid = _process(run)
+            if pid == ELSEWHERE:
+                continue
+            if pid is not None:
+                say(f"stopping run {run.name}; the same parameters resume it")
+                _signal_group(pid, signal.SIGTERM)
+                if not _gone(pid, 10):
+                    _signal_group(pid, signal.SIGKILL)
+                    _gone(pid, 10)
+            _report_crash(client, run)
+
+
+def _process(run: "FlowRun") -> int | None:
+    """The living process of a run on this machine, as its worker recorded it ("host:pid")."""
+    host, _, pid = (run.infrastructure_pid or "").rpartition(":")
+    if host not in ("", socket.gethostname()):
+        return ELSEWHERE
+    try:
+        os.kill(int(pid), 0)
+        return int(pid)
+    except (OSError, ValueError):
+        return None
+
+
+def _report_crash(client: "SyncPrefectClient", run: "FlowRun") -> None:
+    from prefect.states import Crashed
+
+    client.set_flow_run_state(run.id, Crashed(message="its process is gone; the same parameters resume it"), force=True)
 
 
 def _missed(run: "FlowRun") -> bool:
@@ -212,7 +281,7 @@ def up() -> int:
     if _alive("worker"):
         say("the worker runs already")
     else:
-        drop_missed_nights()
+        clear_left_overs()
         _spawn("worker", _worker_command())
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
     say(f"up. UI: {url}   nightly at 02:00 UTC   logs: {home()}/*.log")
@@ -221,7 +290,14 @@ def up() -> int:
 
 
 def down() -> int:
-    stopped = [name for name in ("worker", "server") if _stop(name)]
+    stopped = []
+    if _alive("worker"):
+        _stop("worker", 3)
+        stopped.append("worker")
+    if _healthy():
+        stop_runs()
+    if _stop("server"):
+        stopped.append("server")
     say(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running")
     return 0
 
@@ -231,34 +307,36 @@ def down() -> int:
 
 def cycle(extra: Sequence[str]) -> int:
     """Start what is missing, run the deployment, show its output to the end, stop what was started here."""
-    began = time.monotonic()
-    own_server = start_server()
+    began = time.time()
+    own_server = not _healthy()
     try:
+        start_server()
         deploy()
-        with _worker():
-            run = _submit(extra)
-            state, message = _wait(run)
+        with _worker() as worker:
+            run, state, message = _wait(_submit(extra), worker)
     finally:
         if own_server:
+            if _healthy():
+                stop_runs()
             _stop("server")
-    say(f"{state} after {time.monotonic() - began:.0f} s{': ' + message if message and state != 'Completed' else ''}")
+    say(f"{state} after {time.time() - began:.0f} s{': ' + message if message and state != 'Completed' else ''}")
     if state == "Completed":
-        for report in _newest_reports(extra):
+        for report in _reports(run, began):
             say(f"report: {report}")
     return 0 if state == "Completed" else 1
 
 
 @contextmanager
-def _worker() -> Iterator[None]:
+def _worker() -> "Iterator[subprocess.Popen[bytes] | None]":
     """A worker in the foreground of this terminal, unless `make up` keeps one."""
     if _alive("worker"):
         say("the worker of `make up` takes the run; its output is in the UI")
-        yield
+        yield None
         return
-    drop_missed_nights()
+    clear_left_overs()
     process = subprocess.Popen(_worker_command(), start_new_session=True)
     try:
-        yield
+        yield process
     finally:
         for request in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
             _signal_group(process.pid, request)
@@ -276,22 +354,34 @@ def _submit(extra: Sequence[str]) -> UUID:
     return UUID(found.group())
 
 
-def _wait(run: UUID) -> tuple[str, str]:
-    """(name, message) of the run's final state. Ctrl-C cancels the run; started again, it resumes."""
+def _wait(run: UUID, worker: "subprocess.Popen[bytes] | None") -> "tuple[FlowRun, str, str]":
+    """The run, and name and message of its final state. Interrupted, the run is stopped and can be resumed."""
+    import httpx
     from prefect.client.orchestration import get_client
 
+    answered = time.monotonic()
     with get_client(sync_client=True) as client:
         while True:
-            state = client.read_flow_run(run).state
-            if state is not None and state.is_final():
-                return str(state.name), state.message or ""
+            try:
+                found = client.read_flow_run(run)
+                answered = time.monotonic()
+            except httpx.HTTPError:  # a busy server may miss a beat
+                if time.monotonic() - answered > 60:
+                    raise
+            else:
+                if found.state is not None and found.state.is_final():
+                    return found, str(found.state.name), found.state.message or ""
+            if worker is not None and worker.poll() is not None:
+                raise SystemExit(f"rlaif: the worker ended with {worker.returncode}; run the same command again")
             time.sleep(1)
 
 
-def _newest_reports(extra: Sequence[str]) -> list[Path]:
-    given = dict(item.split("=", 1) for item in extra if "=" in item)
-    folder = Path(given.get("workspace", "workspace")) / given.get("experiment", "default") / "cycles"
-    return sorted(folder.resolve().glob("*/report.html"))[-int(given.get("cycles", "1")) :]
+def _reports(run: "FlowRun", began: float) -> list[Path]:
+    """The reports that the run wrote."""
+    given = run.parameters
+    folder = Path(given.get("workspace", "workspace")).expanduser() / given.get("experiment", "default") / "cycles"
+    reports = sorted(folder.resolve().glob("*/report.html"))
+    return [report for report in reports if report.stat().st_mtime >= began] or reports[-1:]
 
 
 if __name__ == "__main__":

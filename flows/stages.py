@@ -65,7 +65,9 @@ def train(cycle: Path) -> CheckpointRecord:
     Args:
         cycle: folder of a planned cycle with sealed preferences.
     """
-    return train_policy(Cycle(cycle))
+    record = train_policy(Cycle(cycle))
+    release()
+    return record
 
 
 @flow(name="evaluate", flow_run_name="evaluate")

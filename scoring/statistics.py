@@ -139,10 +139,10 @@ def _rule(voting: Sequence[Verdict], better: Sequence[str], worse: Sequence[str]
     if not voting:
         return "Not promoted: no held-out judge took part, so only the training signal itself was measured."
     if worse:
-        return f"Not promoted: worse than the base model for {', '.join(worse)}."
+        return f"Not promoted: worse than the start model for {', '.join(worse)}."
     if better:
-        return f"Promoted: better than the base model for {', '.join(better)}, worse for no held-out judge."
-    return "Not promoted: no held-out judge tells the tuned model from the base model."
+        return f"Promoted: better than the start model for {', '.join(better)}, worse for no held-out judge."
+    return "Not promoted: no held-out judge tells the tuned model from the start model."
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -23,7 +23,7 @@ from training.shards import adopt_shard, write_shard
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="generate-{part}-{index:05d}", retries=1)
+@task(task_run_name="generate-{part}-{index:05d}")
 def generate_shard(cycle: Cycle, part: Part, index: int) -> bool:
     """Publish one shard of candidates; True when it was drawn now, False when it lay there complete.
 

@@ -1,16 +1,19 @@
 """Loaded models, kept while a stage needs them: one load a worker for many shards."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scoring.scorer import Scorer, ScorerSource, load_scorer
 from training.models import ModelRef, load_pipeline, resolve_device
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+_loaded: dict[object, Any] = {}
+"""At most one model, by what it was loaded from."""
 
 
 def absolute(model: ModelRef, folder: Path) -> ModelRef:
@@ -19,22 +22,29 @@ def absolute(model: ModelRef, folder: Path) -> ModelRef:
     return replace(model, unet=unet, adapter=adapter)
 
 
-@lru_cache(maxsize=1)
 def pipeline_for(model: ModelRef, device: str, dtype: str) -> "StableDiffusionPipeline":
     """The sampling pipeline of a model with absolute paths."""
-    return load_pipeline(model, resolve_device(device), dtype)
+    return _keep((model, device, dtype), lambda: load_pipeline(model, resolve_device(device), dtype))
 
 
-@lru_cache(maxsize=1)
 def scorer_for(name: str, source: ScorerSource | None, device: str) -> Scorer:
     """A scorer by name; source as the preset binds it (None: the scorer's own default)."""
-    return load_scorer(name, {name: source} if source else {}, resolve_device(device))
+    sources = {name: source} if source else {}
+    scorer: Scorer = _keep((name, source, device), lambda: load_scorer(name, sources, resolve_device(device)))
+    return scorer
+
+
+def _keep(key: object, load: Callable[[], Any]) -> Any:
+    """The model of this key; another one is dropped before it is loaded, so that two never share the memory."""
+    if key not in _loaded:
+        release()
+        _loaded[key] = load()
+    return _loaded[key]
 
 
 def release() -> None:
-    """Forget the loaded models, so that the next stage has the memory."""
-    pipeline_for.cache_clear()
-    scorer_for.cache_clear()
+    """Forget the loaded model, so that the next stage has the memory."""
+    _loaded.clear()
     gc.collect()
     import torch
 

@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any, cast
 
 from prefect import task
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scoring.scorer import ScorerSource, check_scorer
 from tasks.prompts import Prompts, draw_prompts, read_prompts, split_prompts
 from tasks.recipe import ParameterError, Recipe
 from tasks.workspace import Cycle, Experiment, Part
-from training.models import ModelError, ModelRef, check_model
-from training.pairs import seed_for
+from training.models import (
+    ModelError,
+    ModelRef,
+    check_lora_targets,
+    check_model,
+    check_prediction_type,
+    model_digest,
+    resolve_device,
+)
+from training.pairs import scorer_slug, seed_for
 from training.shards import write_json
 
 log = logging.getLogger(__name__)
@@ -31,13 +39,19 @@ class Run(BaseModel):
     recipe: Recipe
     cycles: list[int]
     finished: bool = False
+    failures: list[str] = []
+
+    def given_up(self) -> bool:
+        """It failed twice in the same way: a third time would as well, and block every night to come."""
+        return len(self.failures) > 1 and self.failures[-1] == self.failures[-2]
 
 
 class Plan(BaseModel):
     """Everything that decides a cycle's result.
 
     cycle_seed: all seeds of the cycle derive from it. start: the model the cycle starts from, its paths relative
-    to the experiment; start_label: the same as the shards name it. prompts: how many in each part.
+    to the experiment; start_label: the same as the shards name it. labellers: fingerprints of the scorers whose
+    labels are in it already. base_digest: of the base model's files. prompts: how many in each part.
     code: versions, for the record only.
     """
 
@@ -47,6 +61,8 @@ class Plan(BaseModel):
     champion: int | None
     start: dict[str, Any]
     start_label: str
+    labellers: list[str]
+    base_digest: str
     recipe: Recipe
     prompts: dict[str, int]
     code: dict[str, str]
@@ -92,6 +108,7 @@ def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
     _check_scorers(recipe)
     _check_scheduler(recipe)
     _check_device(recipe.execution.device)
+    check_training(recipe)
     pools = prompt_pools(recipe)
     _check_disk(recipe, workspace, min(len(pools[0]), recipe.generation.prompts_per_cycle))
     return pools
@@ -119,6 +136,9 @@ def _check_scorers(recipe: Recipe) -> None:
             check_scorer(name, sources)
         except ValueError as error:
             raise ParameterError(f"{parameter}={name!r}: {error}") from error
+    slugs = {scorer_slug(name) for name in {recipe.scorer, *recipe.judges}}
+    if len(slugs) < len({recipe.scorer, *recipe.judges}):
+        raise ParameterError(f"judges={recipe.judges}: two names give the same column; names: {sorted(slugs)}")
     if set(recipe.judges) <= {recipe.scorer}:
         raise ParameterError(
             f"judges={recipe.judges}: none is held out, since scorer={recipe.scorer!r} labels the training data; "
@@ -127,11 +147,29 @@ def _check_scorers(recipe: Recipe) -> None:
 
 
 def _check_scheduler(recipe: Recipe) -> None:
-    from training.sampling import scheduler_names
+    from training.sampling import scheduler_names, scheduler_options
 
     names = scheduler_names()
     if recipe.generation.scheduler not in names:
         raise ParameterError(f"generation.scheduler={recipe.generation.scheduler!r}; there are {', '.join(names)}")
+    known = scheduler_options(recipe.generation.scheduler)
+    if unknown := sorted(set(recipe.generation.scheduler_options) - set(known)):
+        raise ParameterError(
+            f"generation.scheduler_options={unknown}: {recipe.generation.scheduler} knows only {', '.join(known)}"
+        )
+
+
+def check_training(recipe: Recipe) -> None:
+    """What the trainer would refuse only after everything has been generated."""
+    training, device = recipe.training, resolve_device(recipe.execution.device)
+    if training.mixed_precision == "fp16" and not device.startswith("cuda"):
+        raise ParameterError(f"training.mixed_precision='fp16' needs a CUDA device, not {device!r}; use bf16 or no")
+    try:
+        check_prediction_type(recipe.base_model, recipe.revision)
+        if training.method == "lora":
+            check_lora_targets(recipe.base_model, recipe.revision, training.lora_targets)
+    except ModelError as error:
+        raise ParameterError(str(error)) from error
 
 
 def _check_device(device: str) -> None:
@@ -168,21 +206,32 @@ def begin_run(experiment: Experiment, recipe: Recipe, cycles: int) -> tuple[Path
 
     Unfinished runs with other parameters stay as they are; giving their parameters again finishes them.
     """
-    taken = 0
     for path in reversed(experiment.runs()):
-        run = Run.model_validate_json(path.read_text())
-        taken = max(taken, *run.cycles)
-        if run.finished:
+        run = _read_run(path)
+        if run is None or run.finished:
+            continue
+        if run.given_up():
+            log.warning("%s failed twice with %r; it is left as it is", path, run.failures[-1])
             continue
         if run.recipe == recipe and len(run.cycles) == cycles:
             log.info("resuming %s: cycles %s", path, run.cycles)
             return path, run
         changes = _difference(run.recipe, recipe)
         log.warning("%s is unfinished, with other parameters (%s); it is left as it is", path, changes)
-    run = Run(recipe=recipe, cycles=list(range(taken + 1, taken + 1 + cycles)))
-    path = experiment.run(len(experiment.runs()) + 1)
+    first = experiment.last_cycle() + 1
+    run = Run(recipe=recipe, cycles=list(range(first, first + cycles)))
+    path = experiment.run(max((int(path.stem) for path in experiment.runs()), default=0) + 1)
     write_json(path, run.model_dump())
     return path, run
+
+
+def _read_run(path: Path) -> Run | None:
+    """None for a run whose parameters this version does not know any more."""
+    try:
+        return Run.model_validate_json(path.read_text())
+    except ValidationError:
+        log.warning("%s was made by another version of the parameters; it is left as it is", path)
+        return None
 
 
 def _difference(old: Recipe, new: Recipe) -> str:
@@ -202,26 +251,44 @@ def end_run(path: Path, run: Run) -> None:
     write_json(path, run.model_copy(update={"finished": True}).model_dump())
 
 
+def note_failure(path: Path, run: Run, error: Exception) -> None:
+    """Remember how a run failed; see `Run.given_up`."""
+    failures = [*run.failures, f"{type(error).__name__}: {error}"]
+    write_json(path, run.model_copy(update={"failures": failures}).model_dump())
+
+
 @task(task_run_name="plan-cycle-{number:04d}")
 def plan_cycle(experiment: Experiment, run: Run, number: int) -> Plan:
     """Draw the cycle's prompts and write its plan, or read both back where they are there."""
     cycle = experiment.cycle(number)
-    if cycle.plan.is_file():
-        return read_plan(cycle)
     recipe = run.recipe
+    digest = model_digest(recipe.base_model, recipe.revision)
+    if cycle.plan.is_file():
+        return _unchanged(read_plan(cycle), digest, cycle)
     cycle_seed = seed_for(recipe.seed, f"cycle-{number}", 0)
     training, evaluation = prompt_pools(recipe)
     drawn = {
         "training": draw_prompts(training, recipe.generation.prompts_per_cycle, cycle_seed),
         "evaluation": draw_prompts(evaluation, recipe.evaluation.max_prompts, cycle_seed),
     }
-    champion, start, label = current_model(experiment, recipe)
+    champion, start, label, labellers = current_model(experiment, recipe, digest)
     plan = Plan(
+        labellers=labellers,
+        base_digest=digest,
         cycle=number, cycle_seed=cycle_seed, champion=champion, start=start.to_dict(), start_label=label, recipe=recipe,
         prompts={side: len(prompts) for side, prompts in drawn.items()}, code=code_versions(),
     )  # fmt: skip
     write_json(cycle.prompts, drawn)
     write_json(cycle.plan, plan.model_dump())
+    return plan
+
+
+def _unchanged(plan: Plan, digest: str, cycle: Cycle) -> Plan:
+    if plan.base_digest != digest:
+        raise ParameterError(
+            f"base_model={plan.recipe.base_model!r} has changed since {cycle.plan} was made (digest {digest}, then "
+            f"{plan.base_digest}); put the old files back, or give another name as experiment"
+        )
     return plan
 
 
@@ -236,24 +303,38 @@ def read_drawn_prompts(cycle: Cycle, part: Part) -> list[tuple[str, str]]:
     return sorted(drawn[side].items())
 
 
-def current_model(experiment: Experiment, recipe: Recipe) -> tuple[int | None, ModelRef, str]:
-    """(champion's cycle, model, its name in shards): the champion, or the base where there is none.
+def current_model(experiment: Experiment, recipe: Recipe, digest: str) -> tuple[int | None, ModelRef, str, list[str]]:
+    """(champion's cycle, model, its name in shards, who labelled its data): the champion, else the base.
 
-    Raises ParameterError when the champion belongs to another base model.
+    Raises ParameterError when the champion belongs to another base model or its adapter has another shape.
     """
     base = ModelRef(recipe.base_model, recipe.revision)
     champion: dict[str, Any] = {"cycle": None}
     if experiment.champion.is_file():
         champion = json.loads(experiment.champion.read_text())
     if champion["cycle"] is None:
-        return None, base, recipe.base_model
+        return None, base, f"{recipe.base_model}@{digest}", []
     model = ModelRef(**champion["model"])
     if (model.base, model.revision) != (base.base, base.revision):
         raise ParameterError(
             f"base_model={recipe.base_model!r}, but the champion of {experiment.folder} was trained on {model.base!r}; "
             "give another name as experiment"
         )
-    return champion["cycle"], model, champion["label"]
+    _check_adapter(experiment.cycle(champion["cycle"]), model, recipe)
+    return champion["cycle"], model, champion["label"], champion["labellers"]
+
+
+def _check_adapter(cycle: Cycle, model: ModelRef, recipe: Recipe) -> None:
+    """A LoRA cycle goes on with the champion's adapter, so it must have its shape."""
+    if not model.adapter or recipe.training.method != "lora":
+        return
+    old, new = read_plan(cycle).recipe.training, recipe.training
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        if getattr(old, name) != getattr(new, name):
+            raise ParameterError(
+                f"training.{name}={getattr(new, name)!r}, but the champion's adapter was trained with "
+                f"{getattr(old, name)!r}; keep that, or give another name as experiment to start from the base model"
+            )
 
 
 def code_versions() -> dict[str, str]:

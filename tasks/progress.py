@@ -5,9 +5,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
+from uuid import UUID
 
+from httpx import HTTPError
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.context import TaskRunContext
+from prefect.exceptions import PrefectException
 from prefect.logging.handlers import PrefectConsoleHandler
 from tqdm import tqdm
 
@@ -47,14 +51,30 @@ def progress(description: str, total: int, unit: str) -> Iterator[Advance]:
         bar.close()
 
 
+@contextmanager
+def _unimportant() -> Iterator[None]:
+    """A server that restarts must not end a training of hours for want of a progress bar."""
+    try:
+        yield
+    except (HTTPError, PrefectException) as error:
+        log.debug("progress not reported: %s", error)
+
+
 class _Reporter:
     def __init__(self, description: str, total: int, unit: str) -> None:
         self.description, self.total, self.unit, self.done = description, total, unit, 0
         self.started = self.told = time.monotonic()
         self.artifact = self._create() if TaskRunContext.get() else None
 
-    def _create(self) -> object:
-        return create_progress_artifact(progress=0.0, description=self.description)
+    def _create(self) -> UUID | None:
+        with _unimportant():
+            return cast(UUID, create_progress_artifact(progress=0.0, description=self.description))
+        return None
+
+    def _update(self, percent: float) -> None:
+        if self.artifact is not None:
+            with _unimportant():
+                update_progress_artifact(self.artifact, progress=percent)
 
     def advance(self, count: int, note: str) -> None:
         self.done += count
@@ -66,9 +86,7 @@ class _Reporter:
     def _tell(self, note: str) -> None:
         pace = self.done / (time.monotonic() - self.started)
         log.info("%s: %d/%d %s (%.1f/s) %s", self.description, self.done, self.total, self.unit, pace, note)
-        if self.artifact is not None:
-            update_progress_artifact(self.artifact, progress=100.0 * self.done / self.total)  # type: ignore[arg-type]
+        self._update(100.0 * self.done / self.total)
 
     def close(self) -> None:
-        if self.artifact is not None:
-            update_progress_artifact(self.artifact, progress=100.0)  # type: ignore[arg-type]
+        self._update(100.0)

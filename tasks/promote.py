@@ -30,17 +30,21 @@ def promote(experiment: Experiment, cycle: Cycle) -> dict[str, Any]:
     record = CheckpointRecord.read(cycle.training)
     assert record is not None, "judged without a trained model"
     champion = read_champion(experiment)
+    known = [entry for entry in champion["history"] if entry["cycle"] == plan.cycle]
+    if known:  # killed after the champion was written: that was the decision
+        write_json(cycle.promotion, known[0])
+        return dict(known[0])
     promoted, reasons = results.decision.promoted, list(results.decision.reasons)
-    if promoted and champion["cycle"] not in (plan.champion, plan.cycle):
+    if promoted and champion["cycle"] != plan.champion:
         promoted = False
         reasons.insert(0, f"Not promoted: cycle {champion['cycle']} became champion while this cycle ran.")
     decision = {"cycle": plan.cycle, "promoted": promoted, "reasons": reasons, "sha256": record.sha256}
     if promoted:
         model, label = trained_model(plan, cycle, record)
-        champion |= {"cycle": plan.cycle, "model": model.to_dict(), "label": label}
-    if plan.cycle not in [entry["cycle"] for entry in champion["history"]]:
-        champion["history"].append(decision)
-        write_json(experiment.champion, champion)
+        labellers = sorted({*plan.labellers, results.labelled_by})
+        champion |= {"cycle": plan.cycle, "model": model.to_dict(), "label": label, "labellers": labellers}
+    champion["history"].append(decision)
+    write_json(experiment.champion, champion)
     write_json(cycle.promotion, decision)
     log.info("cycle %d: %s", plan.cycle, reasons[0])
     return decision
@@ -49,6 +53,6 @@ def promote(experiment: Experiment, cycle: Cycle) -> dict[str, Any]:
 def read_champion(experiment: Experiment) -> dict[str, Any]:
     """The champion's record; before the first promotion its cycle is None."""
     if not experiment.champion.is_file():
-        return {"cycle": None, "model": None, "label": None, "history": []}
+        return {"cycle": None, "model": None, "label": None, "labellers": [], "history": []}
     champion: dict[str, Any] = json.loads(experiment.champion.read_text())
     return champion

@@ -19,7 +19,7 @@ from training.shards import ShardError, adopt_shard, read_shard, write_shard
 log = logging.getLogger(__name__)
 
 
-@task(task_run_name="score-{part}-{scorer}-{index:05d}", retries=1)
+@task(task_run_name="score-{part}-{scorer}-{index:05d}")
 def score_shard(cycle: Cycle, part: Part, scorer: str, index: int) -> bool:
     """Publish the scores of one shard; True when scored now, False when they lay there complete.
 

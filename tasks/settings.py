@@ -6,12 +6,25 @@ section that a user gives holds only what is to differ. Unknown keys and values 
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 
 def preset_value(description: str, **bounds: Any) -> Any:
     """A field whose value comes from the preset unless the user gives one."""
-    return Field(default=None, description=f"{description} Left out: as the preset says.", **bounds)
+    text = f"{description} Left out: as the preset says."
+    # The published schema names no default: `null` would contradict the field's type, and forms would send it.
+    return Field(default=None, description=text, json_schema_extra=_without_default, **bounds)
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
 
 
 class Section(BaseModel):
@@ -24,9 +37,13 @@ class Section(BaseModel):
     def _drop_nulls(cls, values: Any) -> Any:
         return {k: v for k, v in values.items() if v is not None} if isinstance(values, dict) else values
 
+    @model_serializer(mode="wrap")
+    def _only_what_was_set(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if name in self.model_fields_set}
+
     def given(self) -> dict[str, Any]:
         """Only what was set."""
-        return self.model_dump(exclude_unset=True)
+        return self.model_dump()
 
 
 class Generation(Section):

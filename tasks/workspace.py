@@ -12,6 +12,7 @@
 The disk is the truth: what is visible is complete, and `finished.json` is a cycle's last file.
 """
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +104,12 @@ class Experiment:
 
     def runs(self) -> list[Path]:
         return sorted((self.folder / "runs").glob("[0-9]*.json"))
+
+    def last_cycle(self) -> int:
+        """The highest number that any cycle has been given, planned or only announced by a run; 0 = none."""
+        folders = [int(path.name) for path in (self.folder / "cycles").glob("[0-9]*")]
+        announced: list[int] = [number for path in self.runs() for number in json.loads(path.read_text())["cycles"]]
+        return max([0, *folders, *announced])
 
     def cycle(self, number: int) -> Cycle:
         return Cycle(self.folder / "cycles" / f"{number:04d}")

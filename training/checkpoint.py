@@ -92,11 +92,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-[0-9]*"))
 
 
-def load_state(folder: Path) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """(steps done, weights, optimizer state) of the newest checkpoint, or None. Unpickles tensors only."""
+def load_state(folder: Path, limit: int) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
+    """(steps done, weights, optimizer state) of the newest checkpoint of at most `limit` steps, or None.
+
+    Unpickles tensors only.
+    """
     from safetensors.torch import load_file
 
-    found = checkpoints(folder)
+    found = [path for path in checkpoints(folder) if int(path.name.split("-")[1]) <= limit]
     if not found:
         return None
     newest = found[-1]

@@ -1,7 +1,7 @@
 """Preference pairs as the trainer reads them: memory-mapped latents and prompt embeddings.
 
-Which pair comes at which position is a pure function of the seed, so a resumed run, another batch size or
-another number of processes sees the same pairs in the same order.
+Which pair comes at which position is a pure function of the seed, so a resumed run or another micro-batch
+size sees the same pairs in the same order.
 """
 
 from collections.abc import Sequence

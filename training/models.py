@@ -5,6 +5,7 @@ Today's family is Stable Diffusion 1.x/2.x (one text encoder, UNet, epsilon or v
 read from the checkpoint's own `model_index.json`.
 """
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 FAMILIES = ("StableDiffusionPipeline",)
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """The name diffusers gives a LoRA. Offline it must be said on loading: the libraries do not look for it then."""
 
@@ -71,6 +73,43 @@ def _hub_index(base: str, revision: str | None) -> Path:
             f"base_model={base!r}: no such folder, not in the local hub cache and not to be had from the hub "
             f"({type(error).__name__}); give a diffusers folder or a reachable hub id"
         ) from error
+
+
+def model_digest(base: str, revision: str | None = None) -> str:
+    """12 hex digits that change with the model: the hub's commit, or over the contents of a folder's files."""
+    path = Path(base)
+    if not path.is_dir():
+        return _hub_index(base, revision).parent.name[:12]  # the cache keeps each commit in a folder of its name
+    digest = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".txt")):
+        digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def check_prediction_type(base: str, revision: str | None = None) -> None:
+    """Refuse a model that predicts something the losses have no target for."""
+    from diffusers import DDPMScheduler
+
+    config = DDPMScheduler.load_config(base, subfolder="scheduler", revision=revision)
+    kind = config.get("prediction_type", "epsilon")
+    if kind not in PREDICTION_TYPES:
+        raise ModelError(f"base_model={base!r} predicts {kind!r}; supported: {', '.join(PREDICTION_TYPES)}")
+
+
+def check_lora_targets(base: str, revision: str | None, targets: list[str]) -> None:
+    """Refuse endings that no layer of the UNet has. Builds the UNet without weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    config = UNet2DConditionModel.load_config(base, subfolder="unet", revision=revision)
+    with torch.device("meta"):
+        names = [name for name, _ in UNet2DConditionModel.from_config(config).named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            known = sorted({name.rsplit(".", 1)[-1] for name in names if name and not name[-1].isdigit()})
+            raise ModelError(f"training.lora_targets: no layer of {base!r} ends in {target!r}; there are {known}")
 
 
 def check_model(base: str, revision: str | None = None) -> None:

@@ -1,7 +1,7 @@
 """The random draws of training, and the noised inputs and targets they give.
 
 Every draw is a function of (seed, pair, epoch) alone: the same pair sees the same noise whatever the batch
-size, the number of processes or an interruption in between. So a resumed run needs no random state.
+size or an interruption in between. So a resumed run needs no random state.
 """
 
 import hashlib

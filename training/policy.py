@@ -47,7 +47,7 @@ class LoraPolicy:
     one AdamW step at learning rate 1e-5 would change only 2.5 % of bfloat16 adapter weights."""
 
     def __init__(self, ref: ModelRef, lora: Lora, device: str, dtype: str, seed: int) -> None:
-        self.unet = load_unet(ref, device, dtype)
+        self.unet = load_unet(ref, device, "float32")  # adapters are loaded in the precision of the network
         self.unet.requires_grad_(False)
         if ref.adapter:
             self._start_from(ref.adapter, lora)
@@ -57,22 +57,29 @@ class LoraPolicy:
                 self.unet.add_adapter(_config(lora), POLICY)
         prefer_channels_last(self.unet)
         self._layers = _adapter_layers(self.unet)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.float()
+        self._narrow(resolve_dtype(dtype, device))
 
     def _start_from(self, adapter: str, lora: Lora) -> None:
         """The champion's adapter twice: frozen as the reference, and as where the policy starts."""
         for name in (REFERENCE, POLICY):
             self.unet.load_lora_adapter(adapter, weight_name=ADAPTER_FILE, adapter_name=name, prefix="unet")
-        rank = self.unet.peft_config[POLICY].r
-        if rank != lora.rank:
+        config = self.unet.peft_config[POLICY]
+        found, asked = (config.r, float(config.lora_alpha)), (lora.rank, float(lora.alpha))
+        if found != asked:
             raise ModelError(
-                f"training.lora_rank={lora.rank}, but the champion's adapter {adapter} has rank {rank}; "
-                "train with its rank, or give a new name as experiment to start from the base model"
+                f"training.lora_rank={lora.rank} and lora_alpha={lora.alpha:g}, but the champion's adapter {adapter} "
+                f"has rank {found[0]} and alpha {found[1]:g}; train with these, or give a new name as experiment to "
+                "start from the base model"
             )
         self.unet.set_adapter(POLICY)
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_(f".{POLICY}." in name)
+
+    def _narrow(self, precision: torch.dtype) -> None:
+        """Everything but the adapters in the given precision."""
+        for name, parameter in self.unet.named_parameters():
+            if "lora_" not in name:
+                parameter.data = parameter.data.to(precision)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.unet.parameters() if p.requires_grad]
@@ -116,14 +123,17 @@ class LoraPolicy:
 
 
 class FullPolicy:
-    """Every weight of the UNet trains (in float32); the reference is a frozen copy of its start."""
+    """Every weight of the UNet trains; the reference is a frozen copy of its start.
 
-    def __init__(self, ref: ModelRef, device: str, dtype: str) -> None:
+    Both in float32, under the same autocast: a reference in another precision differs from the start already.
+    """
+
+    def __init__(self, ref: ModelRef, device: str) -> None:
         self.unet = load_unet(ref, device, "float32")
         if ref.adapter:
             fuse_adapter(self.unet, ref.adapter)
         prefer_channels_last(self.unet)
-        self._reference = deepcopy(self.unet).to(resolve_dtype(dtype, device)).requires_grad_(False)
+        self._reference = deepcopy(self.unet).requires_grad_(False)
         self.unet.requires_grad_(True)
 
     def parameters(self) -> list[torch.nn.Parameter]:

@@ -39,6 +39,15 @@ def scheduler_names() -> list[str]:
     return sorted(name for name in dir(diffusers.schedulers) if name.endswith("Scheduler") and name[0].isupper())
 
 
+def scheduler_options(name: str) -> list[str]:
+    """The options that a scheduler of diffusers takes; it would silently ignore others."""
+    import inspect
+
+    import diffusers
+
+    return [option for option in inspect.signature(getattr(diffusers, name).__init__).parameters if option != "self"]
+
+
 def use_sampler(pipeline: "StableDiffusionPipeline", sampler: Sampler) -> None:
     """Give the pipeline the sampler's scheduler. Raises ValueError for an unknown name."""
     import diffusers
@@ -87,17 +96,26 @@ def sample_latents(
         output_type="latent",
     )
     latents: torch.Tensor = output.images
-    return latents.to("cpu", torch.float16)
+    return _finite(latents.to("cpu", torch.float16), "latents", precision)
 
 
 @torch.no_grad()
 def decode_latents(pipeline: "StableDiffusionPipeline", latents: torch.Tensor) -> np.ndarray:
     """Pictures of the stored latents, uint8 (n, H, W, 3), rounded to nearest (truncation would darken them)."""
     latents = latents.to(pipeline.device, pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
-    pixels = pipeline.vae.decode(latents).sample.float()
+    pixels = _finite(pipeline.vae.decode(latents).sample.float(), "pictures", pipeline.vae.dtype)
     pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     images: np.ndarray = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return images
+
+
+def _finite(values: torch.Tensor, what: str, precision: torch.dtype) -> torch.Tensor:
+    """Not-a-number latents would become black pictures, which rank like pictures."""
+    if not values.isfinite().all():
+        raise FloatingPointError(
+            f"the sampled {what} are not finite in {precision}; use execution.dtype=bfloat16 or float32"
+        )
+    return values
 
 
 def sample_images(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from training.losses import LossOutput, PairErrors, diffusion_dpo, kappa_of, squ
 from training.models import ModelRef, load_noise_schedule, resolve_device
 from training.noise import draw, target
 from training.policy import FullPolicy, Lora, LoraPolicy, Policy
+from training.shards import write_text
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 METRICS = "metrics.jsonl"
 MAX_SKIPPED = 20
 """A float16 gradient may overflow while the loss scale is being found; so many in a row mean that it never fits."""
-FROZEN = {"fp16": "float16", "bf16": "bfloat16"}
-"""Precision of frozen weights under each autocast precision; without autocast the plan's dtype."""
+FROZEN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Precision of frozen weights under each autocast precision, unless the plan names one: a float16 network without
+autocast would be trained without loss scaling."""
 Metrics = dict[str, float]
 
 
@@ -71,9 +74,11 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
     finished = CheckpointRecord.read(output)
     if finished:
         return finished
-    run = _Run(plan)
-    first = run.resume(output)
-    history = _read_metrics(output, first)
+    output.mkdir(parents=True, exist_ok=True)
+    run, history = _Run(plan), _read_metrics(output)
+    first = run.resume(output, len(history))
+    history = history[:first]  # the steps after the checkpoint are done, and written, again
+    write_text(output / METRICS, "".join(json.dumps(metrics) + "\n" for metrics in history))
     with (output / METRICS).open("a") as log:
         for step in range(first, plan.steps):
             metrics = run.step(step)
@@ -86,6 +91,7 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
             log.flush()
             on_step(step + 1, metrics)
             if (step + 1) % plan.checkpoint_every == 0:
+                os.fsync(log.fileno())  # a checkpoint without the metrics up to it could not be resumed
                 run.save(output, step + 1)
     return run.finish(output, history)
 
@@ -105,12 +111,10 @@ def _overflowing(step: int) -> str:
     )
 
 
-def _read_metrics(output: Path, steps: int) -> list[Metrics]:
-    """The metrics of the steps that the resumed checkpoint holds; what came after it is cut off the file."""
+def _read_metrics(output: Path) -> list[Metrics]:
+    """The metrics written so far; a last line that a kill cut short is left out."""
     path = output / METRICS
-    output.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines()[:steps] if path.is_file() else []
-    path.write_text("".join(line + "\n" for line in lines))
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
@@ -124,6 +128,8 @@ class _Run:
         # accelerate keeps one state a process and refuses another precision in it; a worker trains many plans.
         AcceleratorState._reset_state(reset_partial_state=False)
         device = resolve_device(plan.device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)  # the Accelerator takes the current device
         self.plan = plan
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=plan.mixed_precision)
         self.device = self.accelerator.device
@@ -132,29 +138,36 @@ class _Run:
         self.policy = _policy(plan, str(self.device))
         self.unet: UNet2DConditionModel
         self.optimizer: torch.optim.Optimizer
+        # Fused kernels skip an overflowed float16 step inside, where nobody learns of it.
+        fused = plan.mixed_precision != "fp16"
         optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True
+            self.policy.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=fused
         )
         self.unet, self.optimizer = self.accelerator.prepare(self.policy.unet, optimizer)
 
-    def resume(self, output: Path) -> int:
-        """Load the newest checkpoint where there is one; returns the number of steps it has done.
+    def resume(self, output: Path, recorded: int) -> int:
+        """Load the newest checkpoint whose steps are all recorded; returns the number of steps it has done.
 
         Only the policy moves: the reference is rebuilt from the plan, never from a checkpoint.
         """
-        state = load_state(output)
+        state = load_state(output, recorded)
         if state is None:
             return 0
         step, weights, optimizer = state
         own = self.policy.weights()
         for name, tensor in weights.items():
             own[name].copy_(tensor)
+        scaler = optimizer.pop("scaler", None)
+        if scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
         self.optimizer.load_state_dict(optimizer)
         return step
 
     def save(self, output: Path, step: int) -> None:
         if self.accelerator.is_main_process:
-            save_state(output, step, self.policy.weights(), self.optimizer.state_dict(), keep=2)
+            scaler = self.accelerator.scaler
+            state = self.optimizer.state_dict() | ({"scaler": scaler.state_dict()} if scaler is not None else {})
+            save_state(output, step, self.policy.weights(), state, keep=2)
 
     def step(self, step: int) -> Metrics:
         """One optimizer step over `batch_size` pairs, in forward passes of `micro_batch_size`."""
@@ -222,9 +235,9 @@ def void(_: object) -> None:
 
 
 def _policy(plan: TrainingPlan, device: str) -> Policy:
-    frozen = FROZEN.get(plan.mixed_precision, plan.dtype)
     if plan.method == "full":
-        return FullPolicy(plan.model, device, frozen)
+        return FullPolicy(plan.model, device)
+    frozen = FROZEN[plan.mixed_precision] if plan.dtype == "auto" else plan.dtype
     return LoraPolicy(plan.model, plan.lora, device, frozen, plan.seed)
 
 

@@ -142,7 +142,7 @@ def test_gate_reasons_carry_the_numbers() -> None:
     verdict = replace(_verdict("clip", True, 0.512, 0.688, 0.0123), wins=55, ties=10, losses=35, win_rate=0.6)
     decision = gate([verdict, _verdict("pickscore", False, *BETTER)])
     assert decision.reasons == [
-        "Promoted: better than the base model for clip, worse for no held-out judge.",
+        "Promoted: better than the start model for clip, worse for no held-out judge.",
         "Held-out judge clip: better; win rate 0.600 [0.512, 0.688] at 95% over 100 prompts "
         "(55 wins, 10 ties, 35 losses; sign test p = 0.0123, Holm 0.0123).",
         "Optimised judge pickscore: better; win rate 0.605 [0.510, 0.700] at 95% over 100 prompts "

@@ -176,7 +176,7 @@ def test_headline_and_reasons(finished: tuple[Experiment, Cycle, str]) -> None:
 def test_a_rejected_cycle_says_so(tmp_path: Path) -> None:
     text = words(written(*finished_cycle(tmp_path, effect=-0.2)))
     assert "Cycle 1 was not promoted: night keeps the model it had." in text
-    assert "Not promoted: worse than the base model for hpsv2, oracle." in text
+    assert "Not promoted: worse than the start model for hpsv2, oracle." in text
 
 
 def test_every_verdict_and_control_number_is_on_the_page(finished: tuple[Experiment, Cycle, str]) -> None:
