@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks.plan import begin_run, check, end_run
+from tasks.plan import begin_run, check, end_run, plan_cycle
 from tasks.recipe import SECTIONS, ParameterError, Recipe, resolve
-from tasks.settings import Evaluation, Execution, Generation, Section
+from tasks.settings import Evaluation, Execution, Generation, Section, Training
 from tasks.workspace import experiment_at
 
 NOTHING: dict[str, Section] = {name: kind() for name, kind in SECTIONS.items()}
@@ -46,6 +46,12 @@ def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[s
     ("section", "message"),
     [
         ({"generation": Generation(scheduler="Nope")}, r"generation\.scheduler='Nope'.*DDIMScheduler"),
+        (
+            {"generation": Generation(scheduler_options={"spacing": 1})},
+            r"scheduler_options=\['spacing'\].*timestep_spacing",
+        ),
+        ({"training": Training(lora_targets=["to_q", "to_z"])}, r"lora_targets.*'to_z'.*to_q"),
+        ({"training": Training(mixed_precision="fp16")}, r"mixed_precision='fp16' needs a CUDA device"),
         ({"execution": Execution(device="cuda:77")}, r"execution\.device='cuda:77'.*cpu"),
         ({"evaluation": Evaluation(prompts="absent.csv")}, r"evaluation\.prompts='absent\.csv'.*no such file"),
         ({"generation": Generation(prompts_per_cycle=200, candidates=1024, height=65536)}, r"workspace=.*GiB are free"),
@@ -56,6 +62,29 @@ def test_wrong_settings_are_refused(
 ) -> None:
     with pytest.raises(ParameterError, match=message):
         check(changed(tiny_preset, **section), tmp_path)
+
+
+def test_a_model_that_predicts_something_else_is_refused(tiny_preset: Path, tmp_path: Path) -> None:
+    from tests.tiny import save_pipeline
+
+    odd = save_pipeline(tmp_path / "odd", prediction_type="sample")
+    with pytest.raises(ParameterError, match=r"predicts 'sample'; supported: epsilon, v_prediction"):
+        check(changed(tiny_preset, {"base_model": str(odd)}), tmp_path)
+
+
+def test_a_base_model_that_changed_under_a_plan_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(recipe.base_model, base)
+    own = recipe.model_copy(update={"base_model": str(base)})
+    experiment = experiment_at(str(tmp_path), "x")
+    _, run = begin_run(experiment, own, 1)
+    plan = plan_cycle.fn(experiment, run, 1)
+    assert plan_cycle.fn(experiment, run, 1) == plan
+    (base / "unet" / "config.json").write_text((base / "unet" / "config.json").read_text() + " ")
+    with pytest.raises(ParameterError, match=r"has changed since"):
+        plan_cycle.fn(experiment, run, 1)
 
 
 def test_a_folder_that_is_no_model_is_refused(tiny_preset: Path, tmp_path: Path) -> None:

@@ -30,6 +30,16 @@ def test_a_null_is_the_same_as_left_out() -> None:
     assert Generation(candidates=None, steps=None).given() == {}
 
 
+def test_the_published_defaults_are_accepted_by_their_own_schema() -> None:
+    """A form that sends back what the schema offers must not be refused."""
+    from jsonschema import validate
+
+    for kind in SECTIONS.values():
+        schema = kind.model_json_schema()
+        validate(kind().model_dump(), schema)
+        assert not any("default" in field for field in schema["properties"].values())
+
+
 @pytest.mark.parametrize(
     ("values", "field"),
     [

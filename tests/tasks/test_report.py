@@ -57,7 +57,8 @@ def a_plan(number: int, control: bool) -> Plan:
     recipe = resolve("shapes", 5, {}, {name: given.get(name, kind()) for name, kind in SECTIONS.items()})
     return Plan(
         cycle=number, cycle_seed=2**62 + number, champion=None, start=ModelRef(recipe.base_model).to_dict(),
-        start_label=recipe.base_model, recipe=recipe, prompts={"training": 12, "evaluation": PROMPTS},
+        start_label=recipe.base_model, labellers=[], base_digest="0123",
+        recipe=recipe, prompts={"training": 12, "evaluation": PROMPTS},
         code={"rlaif": "0a1b2c3", "torch": "2.9"},
     )  # fmt: skip
 
@@ -79,7 +80,7 @@ def draw_part(cycle: Cycle, part: Part, better: float, side: int) -> None:
         for scorer in plan.scorer_names(part):
             rng = np.random.default_rng([index, len(scorer), len(part)])
             values = rng.normal(better, 0.1, len(seeds))
-            info = ScorerInfo(scorer, "v1", "logit", True, f"folder/{scorer}", "f" * 12)
+            info = ScorerInfo(scorer, "v1", "logit", True, f"folder/{scorer}", f"fingerprint of {scorer}")
             scores = score_schema({"scorer": dataclasses.asdict(info)})
             columns = [table["candidate_id"].combine_chunks(), pa.array(values, pa.float32())]
             write_shard(target.scores(scorer, index), pa.table(columns, schema=scores), scores)

@@ -1,0 +1,115 @@
+"""Who becomes champion, and that a kill in between changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scoring.statistics import GateDecision
+from tasks.evaluate import Results
+from tasks.plan import Plan, Run, begin_run, current_model, note_failure
+from tasks.promote import promote, read_champion
+from tasks.recipe import SECTIONS, ParameterError, Recipe, resolve
+from tasks.settings import Training
+from tasks.workspace import Cycle, Experiment, experiment_at
+from training.checkpoint import CheckpointRecord
+from training.models import ModelRef
+from training.shards import write_json
+
+NOTHING = {name: kind() for name, kind in SECTIONS.items()}
+
+
+@pytest.fixture
+def recipe(tiny_preset: Path) -> Recipe:
+    return resolve(str(tiny_preset), 0, {}, NOTHING)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return experiment_at(str(tmp_path), "x")
+
+
+def judged(experiment: Experiment, recipe: Recipe, number: int, accepted: bool, champion: int | None = None) -> Cycle:
+    """A cycle that has been trained and judged."""
+    cycle = experiment.cycle(number)
+    plan = Plan(
+        cycle=number, cycle_seed=1, champion=champion, start=ModelRef(recipe.base_model).to_dict(), start_label="base",
+        labellers=[], base_digest="d", recipe=recipe, prompts={"training": 1, "evaluation": 10}, code={},
+    )  # fmt: skip
+    decision = GateDecision(accepted, ["because"])
+    write = {cycle.plan: plan.model_dump(), cycle.results: {
+        "verdicts": [], "control": [], "decision": {"promoted": decision.promoted, "reasons": decision.reasons},
+        "labelled_by": f"scorer-{number}"}}  # fmt: skip
+    for path, values in write.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, values)
+    cycle.training.mkdir()
+    CheckpointRecord(ModelRef(recipe.base_model), "lora", 1, 1, 2.0, 1.0, f"{number:064d}", {}).write(cycle.training)
+    assert Results.read(cycle).decision == decision
+    return cycle
+
+
+def test_an_accepted_model_is_where_the_next_cycle_starts(experiment: Experiment, recipe: Recipe) -> None:
+    decision = promote.fn(experiment, judged(experiment, recipe, 1, accepted=True))
+    assert decision["promoted"]
+    champion, model, label, labellers = current_model(experiment, recipe, "digest")
+    assert (champion, model.adapter) == (1, "cycles/0001/training/adapter")
+    assert label.endswith("+000000000000") and labellers == ["scorer-1"]
+
+
+def test_a_rejected_model_changes_nothing_but_the_history(experiment: Experiment, recipe: Recipe) -> None:
+    promote.fn(experiment, judged(experiment, recipe, 1, accepted=True))
+    promote.fn(experiment, judged(experiment, recipe, 2, accepted=False, champion=1))
+    champion = read_champion(experiment)
+    assert champion["cycle"] == 1
+    assert [(entry["cycle"], entry["promoted"]) for entry in champion["history"]] == [(1, True), (2, False)]
+
+
+def test_a_model_judged_against_a_former_champion_is_not_promoted(experiment: Experiment, recipe: Recipe) -> None:
+    promote.fn(experiment, judged(experiment, recipe, 2, accepted=True))
+    decision = promote.fn(experiment, judged(experiment, recipe, 1, accepted=True, champion=None))
+    assert not decision["promoted"] and "cycle 2 became champion" in decision["reasons"][0]
+    assert read_champion(experiment)["cycle"] == 2
+
+
+def test_a_kill_between_champion_and_promotion_record_keeps_the_decision(
+    experiment: Experiment, recipe: Recipe
+) -> None:
+    cycle = judged(experiment, recipe, 1, accepted=True)
+    first = promote.fn(experiment, cycle)
+    cycle.promotion.unlink()  # as if killed before it was written
+    promote.fn(experiment, judged(experiment, recipe, 2, accepted=True, champion=1))
+    assert promote.fn(experiment, cycle) == first == json.loads(cycle.promotion.read_text())
+    champion = read_champion(experiment)
+    assert champion["cycle"] == 2 and [entry["cycle"] for entry in champion["history"]] == [1, 2]
+
+
+def test_a_champion_of_another_shape_or_base_is_refused(
+    experiment: Experiment, recipe: Recipe, tiny_preset: Path
+) -> None:
+    promote.fn(experiment, judged(experiment, recipe, 1, accepted=True))
+    other = resolve(str(tiny_preset), 0, {}, NOTHING | {"training": Training(lora_rank=8)})
+    with pytest.raises(ParameterError, match=r"training\.lora_rank=8.*trained with 4"):
+        current_model(experiment, other, "digest")
+    with pytest.raises(ParameterError, match=r"base_model='elsewhere'.*another name as experiment"):
+        current_model(experiment, recipe.model_copy(update={"base_model": "elsewhere"}), "digest")
+
+
+def test_a_run_that_fails_twice_in_the_same_way_does_not_block_the_nights_to_come(
+    experiment: Experiment, recipe: Recipe
+) -> None:
+    path, run = begin_run(experiment, recipe, 1)
+    note_failure(path, run, ValueError("no pairs"))
+    again, run = begin_run(experiment, recipe, 1)
+    assert again == path, "one failure may pass"
+    note_failure(path, run, ValueError("no pairs"))
+    other, run = begin_run(experiment, recipe, 1)
+    assert other != path and run.cycles == [2]
+
+
+def test_a_run_file_of_another_version_is_passed_over(experiment: Experiment, recipe: Recipe) -> None:
+    path, run = begin_run(experiment, recipe, 1)
+    old = {**run.model_dump(), "unheard_of": 1}
+    write_json(path, old)
+    assert begin_run(experiment, recipe, 1)[1].cycles == [2]
+    assert isinstance(run, Run)
