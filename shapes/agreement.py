@@ -1,8 +1,8 @@
-"""`python -m shapes.agreement`: do the shipped judges rank freshly generated base pictures as the oracle does?
+"""`python -m shapes.agreement`: do the shipped judges rank fresh pictures of the base as the oracle does?
 
-A pair is two pictures of one prompt with different oracle scores. A judge's exact tie counts as half a success, as
-in PickScore's evaluation. Intervals are Wilson's at 95 % over pairs; pairs of one prompt share pictures, so they are
-a little too narrow.
+A pair is two pictures of one prompt with different oracle scores. A judge's exact tie counts as half a
+success, as in PickScore's evaluation. Intervals are Wilson's at 95 % over pairs; pairs of one prompt share
+pictures, so they are a little too narrow.
 """
 
 import argparse
@@ -85,9 +85,7 @@ def main() -> None:
     truth = oracle_scores(images, captions)
     exact = (truth == 1).float()
     low, high = wilson(exact.sum().item(), len(exact))
-    print(
-        f"base       exact {exact.mean():.3f} [{low:.3f}, {high:.3f}] n={len(exact)} | mean score {truth.mean():.3f}"
-    )
+    print(f"base       exact {exact.mean():.3f} [{low:.3f}, {high:.3f}] n={len(exact)} | mean score {truth.mean():.3f}")
     for name in JUDGES:
         guess = score(load_judge(name, MODELS / name), images, captions)
         print(report(name, guess.view(-1, each), truth.view(-1, each)))

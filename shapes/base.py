@@ -1,11 +1,12 @@
 """The base model: a Stable Diffusion pipeline at 32 px.
 
-`python -m shapes.base` trains UNet and text encoder on cached latents; `python -m shapes.base export` writes the
-pipeline folder. The text encoder starts from the PickScore judge's, which has read the clean world already.
+`python -m shapes.base` trains UNet and text encoder on cached latents; `python -m shapes.base export`
+writes the pipeline folder. The text encoder starts from the PickScore judge's, which has read the clean
+world already.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -72,11 +73,7 @@ def initial_text_encoder() -> CLIPTextModel:
     """A copy of the trained judge's text tower."""
     model = build_text_encoder()
     prefix = "clip.text_model."
-    tower = {
-        k.removeprefix(prefix): v
-        for k, v in load_tensors("pickscore-clean.safetensors").items()
-        if prefix in k
-    }
+    tower = {k.removeprefix(prefix): v for k, v in load_tensors("pickscore-clean.safetensors").items() if prefix in k}
     own = model.state_dict()
     strip = "text_model." if next(iter(own)).startswith("text_model.") else ""
     model.load_state_dict({strip + key: value for key, value in tower.items()})
@@ -95,24 +92,22 @@ class Denoiser(nn.Module):
         return self.unet(noisy, steps, self.text(ids).last_hidden_state).sample
 
 
-def cached_latents(random: Random) -> tuple[Tensor, Tensor]:
+def cached_latents(random: Random, canonical: bool) -> tuple[Tensor, Tensor]:
     """(PICTURES, 4, 8, 8) posterior means and (PICTURES, 20) token ids."""
     single, double = training_scenes()
     scenes = [random.choice(single if random.random() < SINGLE_SHARE else double) for _ in range(PICTURES)]
+    if canonical:
+        scenes = [scene.canonical() for scene in scenes]
     vae = load_vae()
     latents = [encode_all(vae, render(scenes[i : i + 256], random) * 2 - 1) for i in range(0, PICTURES, 256)]
-    ids = build_tokenizer()(
-        [s.caption() for s in scenes], padding="max_length", return_tensors="pt"
-    ).input_ids
+    ids = build_tokenizer()([s.caption() for s in scenes], padding="max_length", return_tensors="pt").input_ids
     return torch.cat(latents), ids
 
 
-def denoising_loss(
-    model: Denoiser, noise: DDPMScheduler, latents: Tensor, ids: Tensor, lift: float
-) -> Tensor:
+def denoising_loss(model: Denoiser, noise: DDPMScheduler, latents: Tensor, ids: Tensor, lift: float) -> Tensor:
     """Noise-prediction error weighted by (min(SNR, 5) + lift) / SNR, at least 0.02.
 
-    Lift 0 is min-SNR weighting; a positive lift raises the noisiest steps, where the caption decides the layout.
+    Lift 0 is min-SNR weighting; a positive lift raises the noisiest steps, where captions decide layouts.
     """
     steps = torch.randint(noise.config.num_train_timesteps, (len(latents),))
     target = torch.randn_like(latents)
@@ -132,11 +127,11 @@ class Round:
     steps: int
     rate: float
     lift: float
-    start: str | None
     seed: int
-    marks: dict[
-        float, str
-    ]  # share of the schedule -> file of that unfinished denoiser, which teaches the judges
+    start: str | None = None
+    stop: int | None = None  # steps really taken of the schedule; None = all
+    canonical: bool = False  # only captions that tell a scene from the left or from the top
+    marks: dict[float, str] = field(default_factory=dict)  # share of the schedule -> unfinished result
 
 
 ROUNDS = (
@@ -145,25 +140,35 @@ ROUNDS = (
         3000,
         2e-3,
         0.0,
-        None,
         21,
-        {0.4: "unet-0.4.safetensors", 0.7: "unet-0.7.safetensors"},
+        marks={0.4: "unet-0.4.safetensors", 0.7: "unet-0.7.safetensors"},
     ),
-    Round("base.safetensors", 3600, 1.5e-3, 0.1, "base-1.safetensors", 22, {0.5: "unet-1.5.safetensors"}),
+    Round("base-2.safetensors", 3600, 1.5e-3, 0.1, 22, start="base-1.safetensors", stop=1800),
+    Round(
+        "base-3.safetensors",
+        2200,
+        1.5e-3,
+        0.1,
+        23,
+        start="base-2.safetensors",
+        canonical=True,
+        marks={0.5: "unet-2.5.safetensors"},
+    ),
+    Round("base.safetensors", 1700, 1.5e-3, 0.0, 24, start="base-3.safetensors", canonical=True),
 )
 
 
 def train(part: Round) -> None:
     """Runs one round; writes its unfinished denoisers on the way and the averaged result last."""
     random = begin(part.seed)
-    latents, ids = cached_latents(random)
+    latents, ids = cached_latents(random, part.canonical)
     empty = build_tokenizer()("", padding="max_length", return_tensors="pt").input_ids
     model = load_denoiser(part.start).train() if part.start else Denoiser(initial_text_encoder())
     noise = DDPMScheduler(**NOISE)
     optimizer = torch.optim.AdamW(model.parameters(), part.rate, weight_decay=1e-3, betas=(0.9, 0.99))
     shadow = {key: value.clone() for key, value in model.state_dict().items()}
     marks = {int(share * part.steps): name for share, name in part.marks.items()}
-    bar = tqdm(range(part.steps), desc=part.result, mininterval=10)
+    bar = tqdm(range(part.stop or part.steps), desc=part.result, mininterval=10)
     mean = 0.0
     for step in bar:
         set_rate(optimizer, part.rate * flat_then_linear(step, part.steps, warmup=100, flat=FLAT))
@@ -199,9 +204,7 @@ def pipeline(name: str = "base.safetensors", decoder: str = "decoder.safetensors
         text_encoder=denoiser.text,
         tokenizer=build_tokenizer(),
         unet=denoiser.unet,
-        scheduler=DPMSolverMultistepScheduler(
-            **NOISE, timestep_spacing="trailing", algorithm_type="dpmsolver++"
-        ),
+        scheduler=DPMSolverMultistepScheduler(**NOISE, timestep_spacing="trailing", algorithm_type="dpmsolver++"),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -209,7 +212,7 @@ def pipeline(name: str = "base.safetensors", decoder: str = "decoder.safetensors
 
 
 def export(name: str, folder: Path = MODELS / "base") -> None:
-    """Writes the pipeline folder: half-precision safetensors under the names that plain from_pretrained expects."""
+    """Writes the pipeline folder: half-precision safetensors under the names of plain from_pretrained."""
     pipe = pipeline(name)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.to(torch.float16)

@@ -1,8 +1,8 @@
 """Builds the embedded world's models from nothing: `python -m shapes.build [STAGE ...]`.
 
-Stages run in order, each in a process of its own and only if its result is not in the build folder yet (build/shapes,
-or SHAPES_BUILD); delete a file there to repeat its stage. One thread a stage: stages that do not depend on each
-other may be started side by side by naming them.
+Stages run in order, each in a process of its own and only if its result is not in the build folder yet
+(build/shapes, or SHAPES_BUILD); delete a file there to repeat its stage. One thread a stage: stages that do
+not depend on each other may be started side by side by naming them.
 """
 
 import argparse
@@ -19,6 +19,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     "generated": ("shapes.generate",),
     "pickscore-unfinished": ("shapes.judge_training", "pickscore", "unfinished"),
     "hpsv2-unfinished": ("shapes.judge_training", "hpsv2", "unfinished"),
+    "pickscore-retold": ("shapes.judge_training", "pickscore", "retold"),
+    "hpsv2-retold": ("shapes.judge_training", "hpsv2", "retold"),
     "pickscore-finished": ("shapes.judge_training", "pickscore", "finished"),
     "hpsv2-finished": ("shapes.judge_training", "hpsv2", "finished"),
     "export": ("shapes.export",),
@@ -34,9 +36,7 @@ def run_stage(name: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"default: all of {', '.join(STAGES)}")
     wanted = parser.parse_args().stages
     unknown = sorted(set(wanted) - set(STAGES))

@@ -1,4 +1,6 @@
-"""`python -m shapes.export [PART ...]`: writes the trained stages into shapes/models, as stock libraries read them."""
+"""`python -m shapes.export [PART ...]`: writes the trained stages into shapes/models, as stock libraries read
+them.
+"""
 
 import argparse
 from pathlib import Path
@@ -19,8 +21,9 @@ def export_judge(name: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=["base", *JUDGES], default=["base", *JUDGES])
-    for part in parser.parse_args().parts:
+    parser.add_argument("parts", nargs="*", metavar="PART", help="base, pickscore or hpsv2; default: all")
+    wanted = parser.parse_args().parts or ["base", *JUDGES]
+    for part in wanted:
         if part == "base":
             export_base("base.safetensors")
         else:

@@ -1,7 +1,7 @@
-"""Pictures of the base model for the judges to learn from, labelled later by the oracle.
+"""Pictures of the base model for the judges to learn from, read by the oracle.
 
-`python -m shapes.generate` writes one file a setting into the build folder: finished and unfinished denoisers, few
-and more steps, with and without guidance; plus the validation pictures on tuning prompts.
+`python -m shapes.generate` writes one file a setting into the build folder: finished and unfinished
+denoisers, few and more steps, with and without guidance; plus the validation pictures on tuning prompts.
 """
 
 import argparse
@@ -14,10 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from shapes.base import NOISE, pipeline
-from shapes.judge_data import GROUP
+from shapes.judge_data import GROUP, pool_of, stored
 from shapes.prompts import read_set, training_scenes
-from shapes.render import to_uint8
 from shapes.stage import BUILD, begin, done, save_tensors
+from shapes.world import parse
 
 DEFAULT_STEPS, DEFAULT_GUIDANCE = 8, 1.0
 BATCH = 64
@@ -39,12 +39,12 @@ SETTINGS = (
     Setting("early", 150, denoiser="unet-0.4.safetensors"),
     Setting("middle", 800, denoiser="unet-0.7.safetensors"),
     Setting("first-round", 1200, denoiser="base-1.safetensors"),
-    Setting("second-round", 800, denoiser="unet-1.5.safetensors"),
+    Setting("half-way", 300, denoiser="unet-2.5.safetensors"),
     Setting("tuning", 400),
-    Setting("default", 1600),
-    Setting("few-steps", 200, steps=5),
-    Setting("guided", 300, guidance=2.0),
-    Setting("ddim", 100, steps=12, ddim=True),
+    Setting("default", 1000),
+    Setting("few-steps", 100, steps=5),
+    Setting("guided", 120, guidance=2.0),
+    Setting("ddim", 60, steps=12, ddim=True),
 )
 
 
@@ -56,7 +56,7 @@ def sample(
     steps: int,
     guidance: float,
 ) -> Tensor:
-    """One picture a caption: (n, 3, 32, 32) in [0, 1]. Sampling as the stock pipeline does it, without its checks."""
+    """One picture a caption: (n, 3, 32, 32) in [0, 1]. Sampled by the stock pipeline."""
     noise = torch.randn(len(captions), 4, 8, 8, generator=generator)
     pictures = []
     for start in range(0, len(captions), BATCH):
@@ -81,7 +81,8 @@ def draw_captions(setting: Setting, random: Random) -> list[str]:
         return read_set("tuning")[: setting.captions]
     single, double = training_scenes()
     few = [random.choice(single) for _ in range(setting.captions // 20)]
-    return [scene.caption() for scene in few + random.sample(double, setting.captions - len(few))]
+    scenes = dict.fromkeys(scene.canonical() for scene in random.sample(double, 2 * setting.captions))
+    return [scene.caption() for scene in [*few, *scenes][: setting.captions]]
 
 
 def write(setting: Setting, seed: int) -> None:
@@ -98,8 +99,8 @@ def write(setting: Setting, seed: int) -> None:
         for block in tqdm(blocks, desc=setting.name, mininterval=10)
     ]
     (BUILD / f"generated-{setting.name}.txt").write_text("\n".join(captions) + "\n")
-    stored = to_uint8(torch.cat(images)).permute(0, 3, 1, 2)
-    save_tensors({"images": stored}, f"generated-{setting.name}.safetensors")
+    pool = pool_of([parse(caption) for caption in captions], torch.cat(images))
+    save_tensors(stored(pool), f"generated-{setting.name}.safetensors")
 
 
 def main() -> None:

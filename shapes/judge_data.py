@@ -1,7 +1,8 @@
 """Labelled pictures for the judges: a pool of groups, each one caption and four pictures of it.
 
-Rendered groups hold one faithful picture and three with attributes changed; generated groups hold four pictures of
-the base model. The oracle reads every picture once; its facts then score the picture against any caption.
+Rendered groups hold one faithful picture and three with attributes changed; generated groups hold four
+pictures of the base model. The oracle reads every picture once; its facts then score the picture against
+any caption.
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from shapes.oracle import Facts, check, claims, fraction, observe
+from shapes.oracle import SIZE_LIMIT, Facts, check, claims, fraction, observe
 from shapes.render import render, to_uint8
 from shapes.world import Scene, perturb
 
@@ -44,9 +45,27 @@ def oracle_matrix(facts: Facts, scenes: list[Scene]) -> Tensor:
 
 
 def pool_of(scenes: list[Scene], images: Tensor) -> Pool:
-    """Reads the facts of pictures (g * GROUP, 3, 32, 32) in [0, 1], rounded to bytes as a scorer will see them."""
+    """Reads the facts of pictures (g * GROUP, 3, 32, 32) in [0, 1], rounded to bytes as scorers see them."""
     small = to_uint8(images).permute(0, 3, 1, 2).contiguous()
     return Pool(scenes, small, observe(small.float() / 255))
+
+
+def stored(pool: Pool) -> dict[str, Tensor]:
+    """Pictures and facts as one flat dictionary for `save_tensors`; the captions go to a text file."""
+    facts = {f"facts.{name}": getattr(pool.facts, name) for name in Facts.__annotations__}
+    return {"images": pool.images, **facts}
+
+
+def restored(scenes: list[Scene], tensors: dict[str, Tensor]) -> Pool:
+    """The inverse of `stored`."""
+    return Pool(scenes, tensors["images"], Facts(*(tensors[f"facts.{name}"] for name in Facts.__annotations__)))
+
+
+def merged(pools: list[Pool]) -> Pool:
+    """One pool of all groups."""
+    columns = ([getattr(pool.facts, name) for pool in pools] for name in Facts.__annotations__)
+    facts = Facts(*map(torch.cat, columns))
+    return Pool([s for pool in pools for s in pool.scenes], torch.cat([pool.images for pool in pools]), facts)
 
 
 def rendered_pool(scenes: list[Scene], random: Random) -> Pool:
@@ -55,9 +74,7 @@ def rendered_pool(scenes: list[Scene], random: Random) -> Pool:
     for scene in scenes:
         once = [perturb(scene, random) for _ in range(3)]
         twice = perturb(once[1], random) if random.random() < 0.5 else once[1]
-        thrice = (
-            perturb(perturb(once[2], random), random) if random.random() < 0.5 else perturb(once[2], random)
-        )
+        thrice = perturb(perturb(once[2], random), random) if random.random() < 0.5 else perturb(once[2], random)
         shown += [scene, once[0], twice, thrice]
     return pool_of(scenes, render(shown, random))
 
@@ -81,7 +98,7 @@ def attributes(facts: Facts) -> dict[str, Tensor]:
     """
     present = facts.present()
     shape = torch.where(present, facts.shape, 4)
-    size = torch.where(present, (facts.radius > 0.167).long(), 2)
+    size = torch.where(present, (facts.radius > SIZE_LIMIT).long(), 2)
     both = (present[:, :, None] & present[:, None, :]) & ~torch.eye(present.shape[1], dtype=torch.bool)
     x, y = facts.centre.unbind(-1)
     order = torch.stack([x[:, :, None] < x[:, None, :] - 0.1, y[:, :, None] < y[:, None, :] - 0.1], 1).float()

@@ -1,8 +1,9 @@
-"""Trains the judges.
+"""Trains the judges: `python -m shapes.judge_training JUDGE STAGE`.
 
-`python -m shapes.judge_training pickscore clean` learns the clean world; `... pickscore generated` continues on
-pictures of the base model mixed with clean ones. Three terms: a regression of the whole picture-by-caption matrix of
-oracle fractions, PickScore's pairwise term within each group, and an attribute head that is thrown away afterwards.
+Stage `clean` learns the rendered world; `unfinished` and `finished` continue on pictures of the base model in
+the making and as shipped, mixed with rendered ones. Three terms: a regression of the whole picture-by-caption
+matrix of oracle fractions, PickScore's pairwise term within each group, and an attribute head that is thrown
+away.
 """
 
 import argparse
@@ -15,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from shapes.judge_data import GROUP, Batch, Pool, attributes, draw, oracle_matrix, pool_of, rendered_pool
+from shapes.judge_data import (
+    GROUP,
+    Batch,
+    Pool,
+    attributes,
+    draw,
+    merged,
+    oracle_matrix,
+    rendered_pool,
+    restored,
+)
 from shapes.oracle import Facts, check, claims, fraction
 from shapes.prompts import read_set, training_scenes
 from shapes.scorers import EMBEDDING, JUDGES, Judge, score
@@ -23,34 +34,42 @@ from shapes.stage import BUILD, average, begin, done, flat_then_linear, load_ten
 from shapes.world import Scene, parse
 
 GROUPS = 24  # a step: 24 captions with 4 pictures each
-RENDERED_GROUPS = 5000
 SEEDS = {"pickscore": 11, "hpsv2": 12}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One learning-rate schedule; `after` = the stage it continues, `pictures` = generation settings it learns from."""
+    """One learning-rate schedule; `after` = the stage it continues, `pictures` = generation settings."""
 
     steps: int
     rate: float
     share: float  # of a step's captions come with generated pictures, the others with rendered ones
     seed: int
+    rendered: int = 5000  # groups
+    canonical: bool = True  # captions tell their scene from the left or from the top only
     after: str | None = None
     pictures: tuple[str, ...] = ()
 
 
 UNFINISHED = ("early", "middle", "first-round")
 STAGES = {
-    "clean": Stage(900, 1e-3, 0.0, 0),
-    "unfinished": Stage(800, 8e-4, 0.6, 100, "clean", UNFINISHED),
+    "clean": Stage(900, 1e-3, 0.0, 0, canonical=False),
+    "unfinished": Stage(800, 8e-4, 0.6, 100, canonical=False, after="clean", pictures=UNFINISHED),
+    "retold": Stage(800, 8e-4, 0.4, 150, after="unfinished", pictures=UNFINISHED),
     "finished": Stage(
-        700, 6e-4, 0.8, 200, "unfinished", (*UNFINISHED, "second-round", "default", "few-steps", "guided", "ddim")
+        steps=450,
+        rate=6e-4,
+        share=0.8,
+        seed=200,
+        rendered=1500,
+        after="retold",
+        pictures=(*UNFINISHED, "half-way", "default", "few-steps", "guided", "ddim"),
     ),
 }
 
 
 class AttributeHead(nn.Module):
-    """One linear layer that reads a scene's attributes from an embedding, the picture's and the caption's alike."""
+    """One linear layer that reads a scene's attributes from a picture's or a caption's embedding."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +119,7 @@ def losses(judge: Judge, head: AttributeHead, batch: Batch, ids: dict[Scene, Ten
 
 @torch.no_grad()
 def agreement(judge: Judge, pool: Pool) -> tuple[float, int]:
-    """Pairwise accuracy within groups over the pairs that the oracle ranks, ties of the judge counted half; pairs."""
+    """Accuracy within groups over the pairs that the oracle ranks (ties of the judge count half); pairs."""
     captions = [scene.caption() for scene in pool.scenes for _ in range(GROUP)]
     guess = score(judge, pool.images.float() / 255, captions).view(-1, GROUP)
     truth = fraction(*check(pool.facts, claims([parse(caption) for caption in captions]))).view(-1, GROUP)
@@ -112,12 +131,11 @@ def agreement(judge: Judge, pool: Pool) -> tuple[float, int]:
 
 def generated_pool(names: Sequence[str]) -> Pool:
     """One pool of the pictures of some generation settings."""
-    scenes, images = [], []
+    pools = []
     for name in names:
         captions = (BUILD / f"generated-{name}.txt").read_text().splitlines()
-        scenes += [parse(caption) for caption in captions]
-        images.append(load_tensors(f"generated-{name}.safetensors")["images"])
-    return pool_of(scenes, torch.cat(images).float() / 255)
+        pools.append(restored([parse(text) for text in captions], load_tensors(f"generated-{name}.safetensors")))
+    return merged(pools)
 
 
 def join(first: Batch, second: Batch) -> Batch:
@@ -126,10 +144,15 @@ def join(first: Batch, second: Batch) -> Batch:
     return first[0] + second[0], torch.cat([first[1], second[1]]), Facts(*map(torch.cat, pairs))
 
 
-def rendered_scenes(random: Random) -> list[Scene]:
+def retold(pool: Pool) -> Pool:
+    """The same pictures, each caption told from the left or from the top."""
+    return Pool([scene.canonical() for scene in pool.scenes], pool.images, pool.facts)
+
+
+def rendered_scenes(count: int, random: Random) -> list[Scene]:
     """The captions of the rendered groups; one in eight describes one thing."""
     single, double = training_scenes()
-    return [random.choice(single if random.random() < 0.12 else double) for _ in range(RENDERED_GROUPS)]
+    return [random.choice(single if random.random() < 0.12 else double) for _ in range(count)]
 
 
 def checks_of(random: Random) -> dict[str, Pool]:
@@ -149,8 +172,10 @@ def train(name: str, stage_name: str) -> None:
     if stage.after:
         judge.load_state_dict(load_tensors(f"{name}-{stage.after}.safetensors"))
         head.load_state_dict(load_tensors(f"{name}-{stage.after}-head.safetensors"))
-    rendered = rendered_pool(rendered_scenes(random), random)
+    rendered = rendered_pool(rendered_scenes(stage.rendered, random), random)
     generated = generated_pool(stage.pictures) if stage.pictures else None
+    if stage.canonical:
+        rendered, generated = retold(rendered), generated and retold(generated)
     checks = checks_of(random)
     known = list(dict.fromkeys(rendered.scenes + (generated.scenes if generated else [])))
     ids = dict(zip(known, judge.token_ids([scene.caption() for scene in known]), strict=True))
@@ -164,7 +189,7 @@ def train(name: str, stage_name: str) -> None:
         if generated is not None:
             batch = join(draw(generated, share, generator), batch)
         terms = losses(judge, head, batch, ids)
-        reading = 0.5 * max(0.1, 1 - step / (0.7 * stage.steps))  # the head leads first, the score decides later
+        reading = 0.5 * max(0.1, 1 - step / (0.7 * stage.steps))  # the head leads only at first
         loss = 10 * terms["matrix"] + terms["pair"] + reading * terms["reading"]
         optimizer.zero_grad()
         loss.backward()

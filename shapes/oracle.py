@@ -1,7 +1,8 @@
 """The exact judge of the world: reads a picture back into facts and checks a caption against them.
 
-Every pixel is explained as a mix of the background and one of the six colours; shapes are compared with ideal
-templates of equal area and place. Knows nothing of models. Usable as a scorer plug-in under `shapes.oracle:Oracle`.
+Every pixel is explained as a mix of the background and one of the six colours; shapes are compared with
+ideal templates of equal area and place. Knows nothing of models. Usable as a scorer plug-in under
+`shapes.oracle:Oracle`.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ VIEW = 64  # px; pictures are read at this size
 RESIDUAL = 0.30  # RGB distance beyond which a pixel is no mix of background and colour
 LEAST_AREA = 0.012  # of the picture; the smallest true shape (a triangle) covers 0.027
 LEAST_IOU = 0.72  # overlap with the ideal template below which a blob has no shape
+TOLERANCE = 0.06  # a shape is met unless another template overlaps better by more; in true pictures .07 to .2
 SIZE_LIMIT = 0.167  # radius that separates small (<= 0.145) from large (>= 0.19)
 LEAST_RING = 0.80  # of the border pixels must show the background
 DIRT = 0.004  # of the picture may be unexplained or of a colour not named, after erosion
@@ -50,6 +52,7 @@ class Facts:
     ring: Tensor  # (n,) share of the border that shows the background
     area: Tensor  # (n, c) share of the picture
     shape: Tensor  # (n, c) int64, index into SHAPES or NO_SHAPE
+    overlap: Tensor  # (n, c, 3) intersection over union with each shape's template
     radius: Tensor  # (n, c) radius of the best template, fraction of the side
     centre: Tensor  # (n, c, 2) centroid x, y
     foreign: Tensor  # (n, c) share of the picture firmly covered by that colour, thin edges eroded
@@ -66,7 +69,7 @@ def _erode(mask: Tensor) -> Tensor:
 
 
 def _explain(view: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Splits (n, 3, h, w) into background (n,), ring share (n,), colour masks (n, 6, h, w), unknown (n, h, w)."""
+    """(n, 3, h, w) -> background (n,), ring share (n,), colour masks (n, 6, h, w), unknown (n, h, w)."""
     grounds = torch.tensor(list(BACKGROUNDS.values()))
     colours = torch.tensor(list(COLOURS.values()))
     sides = (view[..., :3, :], view[..., -3:, :], view[..., :3], view[..., -3:])
@@ -83,17 +86,18 @@ def _explain(view: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return background, ring, (owned & (alpha > 0.5)).float(), (least >= RESIDUAL).float()
 
 
-def _best_template(mask: Tensor, area: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape index and radius of the template that overlaps most, for masks (m, h, w) that are not empty."""
+def _best_template(mask: Tensor, area: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape index (m,), overlaps (m, 3), best template's radius (m,) of masks (m, h, w), none empty."""
     overlaps, radii = [], []
     for shape in SHAPES:
         radius = (area / AREA[shape]).sqrt()
         ideal = coverage(shape, centre[:, 0], centre[:, 1], radius, VIEW)
         overlaps.append(torch.minimum(ideal, mask).sum((1, 2)) / torch.maximum(ideal, mask).sum((1, 2)))
         radii.append(radius)
-    best, index = torch.stack(overlaps).max(0)
-    radius = torch.stack(radii).gather(0, index[None])[0]
-    return torch.where(best >= LEAST_IOU, index, NO_SHAPE), radius
+    overlap = torch.stack(overlaps, 1)
+    best, index = overlap.max(1)
+    radius = torch.stack(radii, 1).gather(1, index[:, None])[:, 0]
+    return torch.where(best >= LEAST_IOU, index, NO_SHAPE), overlap, radius
 
 
 def _observe_chunk(images: Tensor) -> Facts:
@@ -104,13 +108,13 @@ def _observe_chunk(images: Tensor) -> Facts:
     weight = area.clamp(min=1e-6) * VIEW * VIEW
     centre = torch.stack([(masks.sum(2) * line).sum(2) / weight, (masks.sum(3) * line).sum(2) / weight], 2)
     shape = torch.full(area.shape, NO_SHAPE)
-    radius = torch.zeros_like(area)
+    radius, overlap = torch.zeros_like(area), torch.zeros(*area.shape, len(SHAPES))
     seen = area >= LEAST_AREA
     if seen.any():
-        shape[seen], radius[seen] = _best_template(masks[seen], area[seen], centre[seen])
+        shape[seen], overlap[seen], radius[seen] = _best_template(masks[seen], area[seen], centre[seen])
     foreign = _erode(masks).mean((2, 3))
     unexplained = torch.stack([_erode(unknown[:, None]).mean((1, 2, 3)), unknown.mean((1, 2))], 1)
-    return Facts(background, ring, area, shape, radius, centre, foreign, unexplained)
+    return Facts(background, ring, area, shape, overlap, radius, centre, foreign, unexplained)
 
 
 def observe(images: Tensor) -> Facts:
@@ -152,7 +156,9 @@ def check(facts: Facts, said: Claims) -> tuple[Tensor, Tensor]:
     """
     pick = said.colour
     present = facts.present().gather(1, pick)  # (n, 2)
-    shape = present & (facts.shape.gather(1, pick) == said.shape)
+    overlap = facts.overlap.gather(1, pick[:, :, None].expand(-1, -1, len(SHAPES)))  # (n, 2, 3)
+    claimed = overlap.gather(2, said.shape[:, :, None])[:, :, 0]
+    shape = present & (claimed >= LEAST_IOU) & (claimed >= overlap.amax(2) - TOLERANCE)
     size = present & ((facts.radius.gather(1, pick) > SIZE_LIMIT) == said.large.bool())
     centre = facts.centre.gather(1, pick[:, :, None].expand(-1, -1, 2))  # (n, 2, 2)
     offset = centre[:, 1] - centre[:, 0]
@@ -197,9 +203,7 @@ class Oracle:
 
     def __init__(self, source: str | None = None, device: str = "cpu") -> None:
         """`source` is reported, never read; the oracle has no weights and always runs on the CPU."""
-        self.info = OracleInfo(
-            "oracle", "1", "fraction of checks passed", True, source or "shapes", _fingerprint()
-        )
+        self.info = OracleInfo("oracle", "1", "fraction of checks passed", True, source or "shapes", _fingerprint())
 
     def score(self, images: np.ndarray | Sequence[np.ndarray], prompts: Sequence[str]) -> np.ndarray:
         """uint8 pictures (n, H, W, 3) and n prompts of the world -> float32 (n,) in [0, 1]."""

@@ -1,7 +1,8 @@
-"""Writes the three prompt sets; disjoint as scenes, so that a reworded caption cannot leak.
+"""Writes the three prompt sets; disjoint as scenes, so that a mirrored caption cannot leak.
 
-`python -m shapes.prompts` writes `shapes/prompts/{train,tuning,heldout}.jsonl`. Recipes may be chosen on `tuning`;
-nothing at all is chosen on `heldout`, and neither set's scenes are seen by any model of this folder in training.
+`python -m shapes.prompts` writes `shapes/prompts/{train,tuning,heldout}.jsonl`. Recipes may be chosen on
+`tuning`; nothing at all is chosen on `heldout`. No model of this folder reads a caption of either set in
+training, in neither telling (the autoencoder, which reads no captions, may have seen such pictures).
 """
 
 import argparse
@@ -17,17 +18,16 @@ SEED = 20
 
 
 def draw_sets() -> dict[str, list[Scene]]:
-    """The prompt sets by name; one telling of each scene at most."""
+    """The prompt sets by name; each scene as told from the left or from the top."""
     random = Random(SEED)
-    pools: list[dict[Scene, list[Scene]]] = [{}, {}]
-    for scene in all_scenes():
-        pools[scene.relation is not None].setdefault(scene.canonical(), []).append(scene)
-    orders = [random.sample(list(pool), len(pool)) for pool in pools]
+    scenes = list(dict.fromkeys(scene.canonical() for scene in all_scenes()))
+    pools = [[s for s in scenes if s.relation is None], [s for s in scenes if s.relation is not None]]
+    orders = [random.sample(pool, len(pool)) for pool in pools]
     sets: dict[str, list[Scene]] = {}
     for name, counts in COUNTS.items():
         chosen = []
-        for pool, order, count in zip(pools, orders, counts, strict=True):
-            chosen += [random.choice(pool[order.pop()]) for _ in range(count)]
+        for order, count in zip(orders, counts, strict=True):
+            chosen += [order.pop() for _ in range(count)]
         random.shuffle(chosen)
         sets[name] = chosen
     return sets

@@ -1,4 +1,4 @@
-"""`python -m shapes.reconstruction`: how often a true picture still passes the oracle after the autoencoder."""
+"""`python -m shapes.reconstruction`: how often true pictures still pass the oracle after the autoencoder."""
 
 import argparse
 
@@ -32,9 +32,7 @@ def reconstruction(model: AutoencoderKL, seed: int = 0) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--source", default=str(MODELS / "base"), help="pipeline folder, or a stage's file in BUILD"
-    )
+    parser.add_argument("--source", default=str(MODELS / "base"), help="pipeline folder, or a stage's file in BUILD")
     source = parser.parse_args().source
     model = load(source) if done(source) else AutoencoderKL.from_pretrained(source, subfolder="vae")
     print(reconstruction(model))

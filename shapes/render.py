@@ -85,7 +85,7 @@ def grid(side: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def distance(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-    """Signed distance to the outline, negative inside; offsets from the centroid, any broadcastable shapes."""
+    """Signed distance to the outline, negative inside; offsets from the centroid, broadcastable shapes."""
     if shape == "circle":
         return torch.sqrt(dx**2 + dy**2 + 1e-12) - radius
     if shape == "square":

@@ -79,9 +79,7 @@ class PickScoreJudge(nn.Module):
 
     def token_ids(self, captions: list[str]) -> Tensor:
         """(n, 20) ids, padded with the end token."""
-        return build_tokenizer()(
-            captions, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        return build_tokenizer()(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     def image(self, images: Tensor) -> Tensor:
         """(n, 3, 32, 32) in [0, 1] -> (n, 128)."""
@@ -139,9 +137,7 @@ class HPSv2Judge(nn.Module):
     def save(self, folder: Path) -> None:
         """The layout of open_clip's hub folders; weights in half precision."""
         folder.mkdir(parents=True, exist_ok=True)
-        preprocess = dict(
-            size=SIDE, mode="RGB", mean=MEAN, std=STD, interpolation="bicubic", resize_mode="longest"
-        )
+        preprocess = dict(size=SIDE, mode="RGB", mean=MEAN, std=STD, interpolation="bicubic", resize_mode="longest")
         config = {"model_cfg": hpsv2_config(), "preprocess_cfg": preprocess}
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         weights = {key: value.half().contiguous() for key, value in self.clip.state_dict().items()}

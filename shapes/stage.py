@@ -18,7 +18,7 @@ BUILD = Path(os.environ.get("SHAPES_BUILD", PACKAGE.parent / "build" / "shapes")
 
 
 def begin(seed: int, threads: int | None = None) -> Random:
-    """Seeds torch, limits its threads (SHAPES_THREADS, default 1: tiny tensors gain nothing) and makes folders."""
+    """Seeds torch, sets its threads (SHAPES_THREADS, default 1: tiny tensors gain nothing), makes BUILD."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads or int(os.environ.get("SHAPES_THREADS", "1")))
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -54,11 +54,11 @@ def load_tensors(name: str) -> dict[str, torch.Tensor]:
 
 def done(name: str) -> bool:
     """Whether the stage that ends by writing BUILD/name has finished."""
-    return (BUILD / name).exists()
+    return (BUILD / name).is_file()
 
 
 def declare_float32(settings: Path) -> None:
-    """Makes transformers load half-precision weights as float32: they are small on disk, but a CPU needs floats."""
+    """Makes transformers load half-precision weights as float32: small on disk, but a CPU needs floats."""
     config = json.loads(settings.read_text())
     for part in (config, config.get("text_config", {}), config.get("vision_config", {})):
         if "dtype" in part:

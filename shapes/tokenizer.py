@@ -1,7 +1,7 @@
 """A CLIP tokenizer cut down to the words of the world: the same ids in transformers and in open_clip.
 
-CLIP's byte pairs are replayed on the vocabulary and only the merges that were used are kept (in their order), so the
-words split exactly as in CLIP. Any other text still has ids, letter by letter.
+CLIP's byte pairs are replayed on the vocabulary and only the merges that were used are kept (in their
+order), so the words split exactly as in CLIP. Any other text still has ids, letter by letter.
 """
 
 import gzip
@@ -68,6 +68,6 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def vocabulary() -> dict[str, int]:
-    """What model configurations need: vocab_size, bos_token_id, eos_token_id (padding equals the end token)."""
+    """What model configurations need: vocabulary size and special ids (padding equals the end token)."""
     size = 512 + len(kept_merges()) + 2
     return {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1, "pad_token_id": size - 1}

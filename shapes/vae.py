@@ -39,7 +39,7 @@ def build() -> AutoencoderKL:
 
 
 def picture_pool(count: int, random: Random) -> Tensor:
-    """(count, 3, 32, 32) in [-1, 1]: random scenes; half show one thing only, whose small details are harder."""
+    """(count, 3, 32, 32) in [-1, 1]: random scenes, a fifth of them with one thing."""
     scenes = all_scenes()
     single, double = [s for s in scenes if s.relation is None], [s for s in scenes if s.relation]
     picks: list[Scene] = [random.choice(single if random.random() < 0.2 else double) for _ in range(count)]
@@ -84,7 +84,7 @@ def normalise_latents(model: AutoencoderKL, images: Tensor) -> None:
 
 
 def train(frozen: bool, steps: int, rate: float, seed: int) -> None:
-    """Trains the whole autoencoder, or with `frozen` only what follows the latents, and writes the average."""
+    """Trains everything, or with `frozen` only what follows the latents; writes the averaged weights."""
     random = begin(seed)
     model = build()
     if frozen:

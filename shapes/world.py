@@ -58,9 +58,7 @@ class Scene:
 
 
 _THING = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-_SENTENCE = re.compile(
-    rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})? on a ({'|'.join(BACKGROUNDS)}) background"
-)
+_SENTENCE = re.compile(rf"{_THING}(?: ({'|'.join(RELATIONS)}) {_THING})? on a ({'|'.join(BACKGROUNDS)}) background")
 
 
 def parse(caption: str) -> Scene:

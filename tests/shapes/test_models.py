@@ -146,5 +146,5 @@ def test_pairwise_counts_ties_half_and_skips_equal_truths() -> None:
     assert pairwise(guess, truth) == (1.5, 2)
 
 
-BAND = (0.30, 0.75)
-FLOOR = {"pickscore": 0.70, "hpsv2": 0.70}
+BAND = (0.45, 0.80)
+FLOOR = {"pickscore": 0.68, "hpsv2": 0.68}
