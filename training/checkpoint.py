@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from training.models import ModelRef
-from training.shards import write_json
+from training.shards import fsync_path, write_json
 
 RECORD = "checkpoint.json"
 
@@ -60,18 +60,10 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     hidden.mkdir()
     write(hidden)
     for path in [*hidden.rglob("*"), hidden]:
-        _fsync(path)
+        fsync_path(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(hidden, folder)
-    _fsync(folder.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_path(folder.parent)
 
 
 def save_state(folder: Path, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, Any], keep: int) -> None:

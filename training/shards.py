@@ -87,7 +87,7 @@ def _published(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())  # before the rename, or the name may reach the disk before the data
         os.replace(temporary, path)
-        _fsync_folder(path.parent)  # or the new name itself may be lost with the power
+        fsync_path(path.parent)  # or the new name itself may be lost with the power
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -97,8 +97,9 @@ def _temporaries(path: Path) -> list[Path]:
     return [path.with_name(name) for name in os.listdir(path.parent) if ours.fullmatch(name)]
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
