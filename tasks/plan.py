@@ -101,15 +101,15 @@ def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
 
     Loads no weights. Raises ParameterError (or a ValueError of the library concerned) that names the parameter.
     """
+    _check_scorers(recipe)
+    pools = prompt_pools(recipe)
     try:
         check_model(recipe.base_model, recipe.revision)
     except ModelError as error:
         raise ParameterError(str(error)) from error
-    _check_scorers(recipe)
     _check_scheduler(recipe)
     _check_device(recipe.execution.device)
     check_training(recipe)
-    pools = prompt_pools(recipe)
     _check_disk(recipe, workspace, min(len(pools[0]), recipe.generation.prompts_per_cycle))
     return pools
 

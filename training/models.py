@@ -61,18 +61,30 @@ def model_index(base: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _hub_index(base: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
     if base.count("/") != 1 or base.startswith((".", "/")):
         raise ModelError(f"base_model={base!r}: no such folder; give a diffusers folder or a hub id 'owner/name'")
     try:
-        return Path(hf_hub_download(base, "model_index.json", revision=revision, etag_timeout=5))
+        # One quick look first: without a network the library would retry for half a minute.
+        local = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
+        return Path(hf_hub_download(base, "model_index.json", revision=revision, local_files_only=local))
     except (OSError, HFValidationError) as error:
         raise ModelError(
             f"base_model={base!r}: no such folder, not in the local hub cache and not to be had from the hub "
             f"({type(error).__name__}); give a diffusers folder or a reachable hub id"
         ) from error
+
+
+def _reachable(url: str) -> bool:
+    import httpx
+
+    try:
+        httpx.head(url, timeout=5)
+    except httpx.HTTPError:
+        return False
+    return True
 
 
 def model_digest(base: str, revision: str | None = None) -> str:
