@@ -18,7 +18,7 @@ from tasks.prompts import Prompts, read_prompts
 from tasks.recipe import SECTIONS, Recipe, resolve
 from training.models import ModelRef, load_pipeline
 from training.pairs import seed_for
-from training.sampling import Sampler, embed_prompts, sample_images
+from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def repeat(recipe: Recipe, prompts: Prompts, repeats: int) -> list[Verdict]:
     generation = recipe.generation
     sampler = Sampler(generation.scheduler, generation.steps, generation.guidance, generation.scheduler_options)
     pipeline = load_pipeline(ModelRef(str(Path(recipe.base_model))))
-    texts, negative = list(prompts.values()), embed_prompts(pipeline, [""])
+    texts, negative = list(prompts.values()), negative_prompt(pipeline)
     embeddings = embed_prompts(pipeline, texts)
     judges = {name: load_scorer(name, recipe.sources()) for name in recipe.judges}
     verdicts = []

@@ -11,7 +11,7 @@ from scoring.scorer import ScorerInfo, ScoringError, identities, info_of
 from tasks.plan import Plan, source_plan
 from tasks.prompts import Prompts, prompt_pools
 from tasks.recipe import ParameterError, Recipe, Weights
-from training.models import ModelError, check_lora_targets, check_model, check_prediction_type, resolve_device
+from training.models import ModelError, ModelRef, check_lora_targets, family_for, resolve_device
 from training.pairs import scorer_slug
 
 
@@ -24,7 +24,7 @@ def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
     pools = prompt_pools(recipe)
     source_plan(recipe)
     try:
-        check_model(recipe.base_model, recipe.revision)
+        family_for(ModelRef(recipe.base_model, recipe.revision))
     except ModelError as error:
         raise ParameterError(str(error)) from error
     _check_scheduler(recipe)
@@ -103,7 +103,8 @@ def check_training(recipe: Recipe) -> None:
         raise ParameterError(f"training.mixed_precision='fp16' needs a CUDA device, not {device!r}; use bf16 or no")
     _check_loss(recipe)
     try:
-        check_prediction_type(recipe.base_model, recipe.revision)
+        ref = ModelRef(recipe.base_model, recipe.revision)
+        family_for(ref).check(ref)
         if training.method == "lora":
             check_lora_targets(recipe.base_model, recipe.revision, training.lora_targets)
     except ModelError as error:
@@ -154,5 +155,7 @@ def _check_disk(recipe: Recipe, workspace: Path, prompts: int) -> None:
 
 
 def _native_size(recipe: Recipe) -> int:
-    config = Path(recipe.base_model) / "unet" / "config.json"
-    return 8 * int(json.loads(config.read_text()).get("sample_size", 64)) if config.is_file() else 1024
+    family = family_for(ModelRef(recipe.base_model, recipe.revision))
+    config = Path(recipe.base_model) / family.network / "config.json"
+    known = json.loads(config.read_text()).get("sample_size") if config.is_file() else None
+    return 8 * int(known) if known else 1024

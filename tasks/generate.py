@@ -3,10 +3,10 @@
 import io
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
 from prefect import task
 
@@ -16,9 +16,10 @@ from tasks.plan import Plan, read_drawn_prompts, read_plan
 from tasks.progress import progress
 from tasks.workspace import Cycle, Part
 from training.checkpoint import CheckpointRecord
+from training.family import PromptEmbeddings
 from training.models import ModelRef
 from training.pairs import IMAGE, candidate_id, candidate_schema, image_uid, latent_column, seed_for
-from training.sampling import Sampler, embed_prompts, sample_images
+from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 from training.shards import adopt_shard, write_shard
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def generate_shard(cycle: Cycle, part: Part, index: int) -> bool:
     execution = plan.recipe.execution
     pipeline = pipeline_for(absolute(model, cycle.folder.parent.parent), execution.device, execution.dtype)
     embeddings = embed_prompts(pipeline, [text for _, text in prompts])
-    negative = embed_prompts(pipeline, [""])
-    repeated = embeddings.repeat_interleave(plan.images_per_prompt(part), dim=0)
+    negative = negative_prompt(pipeline)
+    repeated = embeddings.repeat_interleave(plan.images_per_prompt(part))
     seeds = shard_seeds(plan, prompts, part)
     with progress(f"generate {part} shard {index + 1}/{plan.shards(part)}", rows, "image") as advance:
         latents, images = sample_images(
@@ -75,7 +76,7 @@ def shard_seeds(plan: Plan, prompts: Sequence[tuple[str, str]], part: Part) -> l
 def part_model(plan: Plan, cycle: Cycle, part: Part) -> tuple[ModelRef, str]:
     """The model that draws a part, paths relative to the experiment, and its name in the shards."""
     if part != "tuned":
-        return ModelRef(**plan.start), plan.start_label
+        return ModelRef.read(plan.start), plan.start_label
     record = CheckpointRecord.read(cycle.training)
     if record is None:
         raise FileNotFoundError(f"{cycle.training}: training is not finished; run the train stage first")
@@ -84,10 +85,10 @@ def part_model(plan: Plan, cycle: Cycle, part: Part) -> tuple[ModelRef, str]:
 
 def trained_model(plan: Plan, cycle: Cycle, record: CheckpointRecord) -> tuple[ModelRef, str]:
     """What the cycle trained, with paths relative to the experiment's folder."""
-    start = ModelRef(**plan.start)
-    folder = cycle.training / ("adapter" if record.method == "lora" else "unet")
-    trained = str(folder.relative_to(cycle.folder.parent.parent))
-    model = ModelRef(start.base, start.revision, start.unet, trained)
+    start = ModelRef.read(plan.start)
+    made = record.model.adapter if record.method == "lora" else record.model.network
+    trained = str((cycle.training / Path(str(made)).name).relative_to(cycle.folder.parent.parent))
+    model = ModelRef(start.base, start.revision, start.network, trained)
     if record.method == "full":
         model = ModelRef(start.base, start.revision, trained, None)
     return model, f"{plan.recipe.base_model}+{record.sha256[:12]}"
@@ -113,15 +114,17 @@ def generation_metadata(plan: Plan) -> dict[str, object]:
 
 
 def write_embeddings(
-    cycle: Cycle, plan: Plan, index: int, prompts: Sequence[tuple[str, str]], embeddings: torch.Tensor
+    cycle: Cycle, plan: Plan, index: int, prompts: Sequence[tuple[str, str]], embeddings: PromptEmbeddings
 ) -> None:
-    """One row a prompt: the text encoder's output, from which pairing copies it into the preference shards."""
-    size = embeddings[0].numel()
+    """One row a prompt: the text encoders' output, from which pairing copies it into the preference shards."""
+    parts = {"embedding": embeddings.tokens, "pooled": embeddings.pooled}
+    kept = {name: part for name, part in parts.items() if part is not None}
     schema = pa.schema(
-        [("prompt_id", pa.string()), ("embedding", pa.list_(pa.float16(), size))],
-        metadata=candidate_schema(1, {"embedding": {"shape": list(embeddings.shape[1:])}}).metadata,
+        [("prompt_id", pa.string()), *((name, pa.list_(pa.float16(), part[0].numel())) for name, part in kept.items())],
+        metadata=candidate_schema(1, {"embedding": {"shape": list(embeddings.tokens.shape[1:])}}).metadata,
     )
-    columns = [pa.array([key for key, _ in prompts]), latent_column(embeddings.cpu().numpy())]
+    vectors = [latent_column(part.cpu().numpy()) for part in kept.values()]
+    columns = [pa.array([key for key, _ in prompts]), *vectors]
     target = cycle.part("training", plan.shards("training")).embeddings(index)
     write_shard(target, pa.table(columns, schema=schema), schema)
 

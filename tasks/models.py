@@ -11,7 +11,7 @@ from scoring.scorer import Scorer
 from training.models import ModelRef, load_pipeline, resolve_device
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 _loaded: dict[object, Any] = {}
 """At most one model, by what it was loaded from."""
@@ -19,11 +19,11 @@ _loaded: dict[object, Any] = {}
 
 def absolute(model: ModelRef, folder: Path) -> ModelRef:
     """The model with paths that were relative to the experiment's folder made absolute."""
-    unet, adapter = (str(folder / path) if path else None for path in (model.unet, model.adapter))
-    return replace(model, unet=unet, adapter=adapter)
+    network, adapter = (str(folder / path) if path else None for path in (model.network, model.adapter))
+    return replace(model, network=network, adapter=adapter)
 
 
-def pipeline_for(model: ModelRef, device: str, dtype: str) -> "StableDiffusionPipeline":
+def pipeline_for(model: ModelRef, device: str, dtype: str) -> "DiffusionPipeline":
     """The sampling pipeline of a model with absolute paths."""
     return _keep((model, device, dtype), lambda: load_pipeline(model, resolve_device(device), dtype))
 

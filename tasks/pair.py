@@ -121,7 +121,9 @@ def _write_shard(
     sides = [_ordered(candidates, prompt * each + pair.winner, prompt * each + pair.loser) for prompt, pair in chosen]
     columns = _pair_columns(candidates, sides)
     own = pa.array([prompt for prompt, _ in chosen], pa.int64())
-    columns["prompt_embedding"] = embeddings["embedding"].combine_chunks().take(own)
+    for name, column in {"embedding": "prompt_embedding", "pooled": "pooled_embedding"}.items():
+        if name in embeddings.schema.names:
+            columns[column] = embeddings[name].combine_chunks().take(own)
     offset = first * each
     for name, values in scores.items():
         for side in (0, 1):
@@ -136,7 +138,7 @@ def _write_shard(
     }
     schema = pair_schema(
         candidates.schema.field("latent").type.list_size, embeddings.schema.field("embedding").type.list_size,
-        list(scores), {**metadata, **shapes},
+        list(scores), {**metadata, **shapes}, _size(embeddings.schema, "pooled"),
     )  # fmt: skip
     table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
     return write_shard(target / shard_name(index, plan.shards("training")), table, schema)
@@ -152,6 +154,11 @@ def _label_columns(won: list[bool], sure: list[float | None]) -> dict[str, pa.Ar
         "soft_label_1": pa.array([p if p is None else 1 - p for p in first], pa.float32()),
         "has_label": pa.array([True] * len(won), pa.bool_()),
     }
+
+
+def _size(schema: pa.Schema, column: str) -> int | None:
+    """Numbers a row of a fixed-size column, None when it is not there."""
+    return schema.field(column).type.list_size if column in schema.names else None
 
 
 def _ordered(candidates: pa.Table, winner: int, loser: int) -> tuple[int, int]:

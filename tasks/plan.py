@@ -253,7 +253,7 @@ def current_model(experiment: Experiment, recipe: Recipe, digest: str) -> tuple[
         champion = json.loads(experiment.champion.read_text())
     if champion["cycle"] is None:
         return None, base, f"{recipe.base_model}@{digest}", []
-    model = ModelRef(**champion["model"])
+    model = ModelRef.read(champion["model"])
     if (model.base, model.revision) != (base.base, base.revision):
         raise ParameterError(
             f"base_model={recipe.base_model!r}, but the champion of {experiment.folder} was trained on {model.base!r}; "

@@ -30,6 +30,7 @@ from tasks.relabel import comparisons
 from tasks.workspace import Cycle, Experiment, Part
 from training.checkpoint import CheckpointRecord
 from training.loss_table import LossOptions, loss_at_start
+from training.models import family_for
 from training.pairs import read_metadata, score_column, trainable
 from training.shards import ShardRows, read_manifest, read_shard, write_text
 from training.trainer import METRICS
@@ -193,10 +194,12 @@ def snippet(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> str:
     """Python that loads the trained model with diffusers alone."""
     model, folder = trained_model(plan, cycle, record)[0], cycle.folder.parent.parent
     given = f"{model.base!r}" + (f", revision={model.revision!r}" if model.revision else "")
-    lines = ["from diffusers import DiffusionPipeline" + (", UNet2DConditionModel" if model.unet else "")]
-    if model.unet:
-        lines.append(f"unet = UNet2DConditionModel.from_pretrained({str(folder / model.unet)!r})")
-    lines.append(f"pipeline = DiffusionPipeline.from_pretrained({given}{', unet=unet' if model.unet else ''})")
+    family = family_for(model)
+    part, kind = family.network, family.network_class
+    lines = ["from diffusers import DiffusionPipeline" + (f", {kind}" if model.network else "")]
+    if model.network:
+        lines.append(f"{part} = {kind}.from_pretrained({str(folder / model.network)!r})")
+    lines.append(f"pipeline = DiffusionPipeline.from_pretrained({given}{f', {part}={part}' if model.network else ''})")
     if model.adapter:
         lines.append(f"pipeline.load_lora_weights({str(folder / model.adapter)!r})")
     return "\n".join(lines)

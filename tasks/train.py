@@ -10,9 +10,10 @@ from tasks.progress import progress
 from tasks.workspace import Cycle
 from training.checkpoint import CheckpointRecord
 from training.models import ModelRef
+from training.plan import TrainingPlan
 from training.policy import Lora
 from training.shards import verify
-from training.trainer import TrainingPlan, train
+from training.trainer import train
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
     recipe, execution = plan.recipe.training, plan.recipe.execution
     shared = set(TrainingPlan.__dataclass_fields__) & set(type(recipe).model_fields)
     return TrainingPlan(
-        model=absolute(ModelRef(**plan.start), cycle.folder.parent.parent),
+        model=absolute(ModelRef.read(plan.start), cycle.folder.parent.parent),
         pairs=str(cycle.preferences),
         output=str(cycle.training),
         lora=Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets),

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,7 @@ from training.models import ModelRef
 from training.shards import fsync_path, write_json
 
 RECORD = "checkpoint.json"
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class CheckpointRecord:
         if not path.is_file():
             return None
         fields = json.loads(path.read_text())
-        return cls(**{**fields, "model": ModelRef(**fields["model"])})
+        return cls(**{**fields, "model": ModelRef.read(fields["model"])})
 
 
 def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -68,12 +69,13 @@ def publish_folder(folder: Path, write: Callable[[Path], None]) -> None:
     fsync_path(folder.parent)
 
 
-def save_state(folder: Path, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, Any], keep: int) -> None:
-    """Checkpoint after `step` optimizer steps; all but the newest `keep` are removed."""
+def save_state(folder: Path, step: int, tensors: dict[str, Tensors], optimizer: dict[str, Any], keep: int) -> None:
+    """Checkpoint after `step` optimizer steps; all but the newest `keep` are removed. tensors: a file each."""
     from safetensors.torch import save_file
 
     def write(target: Path) -> None:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, target / "weights.safetensors")
+        for file, named in tensors.items():
+            save_file({name: tensor.contiguous() for name, tensor in named.items()}, target / f"{file}.safetensors")
         torch.save(optimizer, target / "optimizer.pt")
 
     publish_folder(folder / f"checkpoint-{step:06d}", write)
@@ -86,11 +88,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-[0-9]*"))
 
 
-def load_state(folder: Path, limit: int) -> tuple[int, dict[str, torch.Tensor], dict[str, Any]] | None:
-    """(steps done, weights, optimizer state) of the newest checkpoint of at most `limit` steps, or None.
+class State(NamedTuple):
+    """A checkpoint: steps done, tensors by the file that they were given to, the optimizer's state."""
 
-    Unpickles tensors only.
-    """
+    step: int
+    tensors: dict[str, Tensors]
+    optimizer: dict[str, Any]
+
+
+def load_state(folder: Path, limit: int) -> State | None:
+    """The newest checkpoint of at most `limit` steps, or None. Unpickles tensors only."""
     from safetensors.torch import load_file
 
     found = [path for path in checkpoints(folder) if int(path.name.split("-")[1]) <= limit]
@@ -98,7 +105,8 @@ def load_state(folder: Path, limit: int) -> tuple[int, dict[str, torch.Tensor], 
         return None
     newest = found[-1]
     optimizer = torch.load(newest / "optimizer.pt", weights_only=True, map_location="cpu")
-    return int(newest.name.split("-")[1]), load_file(newest / "weights.safetensors"), optimizer
+    tensors = {file.stem: load_file(file) for file in newest.glob("*.safetensors")}
+    return State(int(newest.name.split("-")[1]), tensors, optimizer)
 
 
 def weights_sha256(path: Path) -> str:

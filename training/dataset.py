@@ -1,9 +1,10 @@
 """Preference pairs as the trainer reads them: memory-mapped latents and prompt embeddings.
 
-Which pair comes at which position is a pure function of the seed, so a resumed run or another micro-batch
-size sees the same pairs in the same order.
+Which pair comes at which position is a pure function of the seed, so a resumed run, another micro-batch size or
+another number of processes sees the same pairs in the same order.
 """
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,26 +15,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from training.family import TIME_IDS, PromptEmbeddings
 from training.pairs import latents, read_metadata, trainable
 from training.shards import ShardError, open_shard, read_manifest
 
-COLUMNS = ("latent_0", "latent_1", "prompt_embedding")
+COLUMNS = ("latent_0", "latent_1", "prompt_embedding", "pooled_embedding")
 
 
 class PairBatch(NamedTuple):
-    """winner, loser: latents (pairs, C, h, w) float32. embedding: (pairs, tokens, width) float32.
+    """winner, loser: latents (pairs, C, h, w) float32. prompts: embeddings, float32. time_ids: (pairs, 2, 6) of winner
+    and loser, None where the shards do not tell them.
 
     soft_label: P(labelled winner is preferred), (pairs,) float32. margin: the scorer's, over the mean margin of all
     trainable pairs, (pairs,) float32. Both NaN where not known. draws: for each pair its id and how often the data set
-    was passed before (the key of its noise).
+    was passed before (the key of its noise). indices: the pairs' places among all.
     """
 
     winner: torch.Tensor
     loser: torch.Tensor
-    embedding: torch.Tensor
+    prompts: PromptEmbeddings
+    time_ids: torch.Tensor | None
     soft_label: torch.Tensor
     margin: torch.Tensor
     draws: list[tuple[str, int]]
+    indices: list[int]
 
 
 class _Row(NamedTuple):
@@ -41,6 +46,7 @@ class _Row(NamedTuple):
     row: int
     winner: int
     pair_id: str
+    prompt_id: str
     soft_label: float
     margin: float
 
@@ -48,16 +54,25 @@ class _Row(NamedTuple):
 class PreferencePairs:
     """The trainable pairs of a sealed preference folder (label 0 or 1, images differ), by position.
 
+    heldout_share: the pairs of about this share of prompts come last and do not count as part of it; they are read at
+    the positions after its length. Which prompts these are depends on nothing but the prompt.
     Raises ShardError when the folder has no manifest, no trainable pair, or no prompt embeddings.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, heldout_share: float = 0.0) -> None:
         manifest = read_manifest(folder)
         readers = [open_shard(folder / shard.file) for shard in manifest.shards]
         batches = [reader.get_batch(i) for reader in readers for i in range(reader.num_record_batches)]
         self._rows = [row for index, batch in enumerate(batches) for row in _trainable_rows(index, batch)]
         if not self._rows:
             raise ShardError(f"{folder}: no trainable pair: all are tied, unlabelled or of identical images")
+        self._rows.sort(key=lambda row: _held_out(row.prompt_id, heldout_share))  # stable: else as in the shards
+        self.heldout = sum(_held_out(row.prompt_id, heldout_share) for row in self._rows)
+        if heldout_share and not 0 < self.heldout < len(self._rows):
+            raise ShardError(
+                f"training.heldout_share={heldout_share}: holds back {self.heldout} of the {len(self._rows)} pairs in "
+                f"{folder}; change it, or use 0"
+            )
         schema = readers[0].schema
         if "prompt_embedding" not in schema.names:
             raise ShardError(f"{folder}: no column prompt_embedding; the trainer reads embeddings from the shards")
@@ -66,10 +81,19 @@ class PreferencePairs:
         self.embedding_shape = tuple(metadata["embedding"]["shape"])
         self._mean_margin = float(np.mean([row.margin for row in self._rows]))
         self._folder = folder
-        self._columns = {name: [latents(batch.column(name)) for batch in batches] for name in COLUMNS}
+        there = [name for name in COLUMNS if name in schema.names]
+        self._columns = {name: [latents(batch.column(name)) for batch in batches] for name in there}
+        self._time_ids = None
+        if "time_ids_0" in schema.names:
+            self._time_ids = [[_time_ids(batch, side) for side in (0, 1)] for batch in batches]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._rows) - self.heldout
+
+    @property
+    def pooled_width(self) -> int | None:
+        """Of the pooled text embedding; None when the shards have none."""
+        return self._columns["pooled_embedding"][0].shape[1] if "pooled_embedding" in self._columns else None
 
     def require_soft_labels(self) -> None:
         """Raises ShardError unless every pair has a soft label."""
@@ -92,24 +116,47 @@ class PreferencePairs:
         both = [[self._columns[f"latent_{side}"][row.batch][row.row] for side in (row.winner, 1 - row.winner)]
                    for row in rows]  # fmt: skip
         stacked = torch.from_numpy(np.asarray(both, np.float32)).view(len(rows), 2, *self.latent_shape)
-        embedding = np.asarray([self._columns["prompt_embedding"][row.batch][row.row] for row in rows], np.float32)
+        tokens = self._vectors("prompt_embedding", rows).view(len(rows), *self.embedding_shape)
+        pooled = self._vectors("pooled_embedding", rows) if self.pooled_width else None
         return PairBatch(
             winner=stacked[:, 0],
             loser=stacked[:, 1],
-            embedding=torch.from_numpy(embedding).view(len(rows), *self.embedding_shape),
+            prompts=PromptEmbeddings(tokens, pooled),
+            time_ids=self._sizes(rows),
             soft_label=torch.tensor([row.soft_label for row in rows]),
             margin=torch.tensor([row.margin for row in rows]) / self._mean_margin,
             draws=[(row.pair_id, epoch) for row, (epoch, _) in zip(rows, positions, strict=True)],
+            indices=[index for _, index in positions],
         )
+
+    def _vectors(self, column: str, rows: Sequence[_Row]) -> torch.Tensor:
+        return torch.from_numpy(np.asarray([self._columns[column][row.batch][row.row] for row in rows], np.float32))
+
+    def _sizes(self, rows: Sequence[_Row]) -> torch.Tensor | None:
+        """(rows, 2, 6): the winner's, then the loser's."""
+        if self._time_ids is None:
+            return None
+        sides = [[self._time_ids[row.batch][side][row.row] for side in (row.winner, 1 - row.winner)] for row in rows]
+        return torch.from_numpy(np.asarray(sides, np.float32))
+
+
+def _time_ids(batch: pa.RecordBatch, side: int) -> np.ndarray:
+    return np.asarray(batch.column(f"time_ids_{side}").flatten()).reshape(-1, TIME_IDS)
+
+
+def _held_out(prompt_id: str, share: float) -> bool:
+    digest = hashlib.sha256(f"held-out:{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _trainable_rows(index: int, batch: pa.RecordBatch) -> list[_Row]:
     mask = trainable(pa.Table.from_batches([batch])).to_pylist()
     winners = pc.cast(pc.equal(batch.column("label_1"), 1.0), pa.int8()).to_pylist()
-    ids, margins = batch.column("pair_id").to_pylist(), _numbers(batch, "margin")
+    ids, prompts = batch.column("pair_id").to_pylist(), batch.column("prompt_id").to_pylist()
+    margins = _numbers(batch, "margin")
     sure = [_numbers(batch, f"soft_label_{side}") for side in (0, 1)]
     return [
-        _Row(index, row, winners[row], ids[row], sure[winners[row]][row], margins[row])
+        _Row(index, row, winners[row], ids[row], prompts[row], sure[winners[row]][row], margins[row])
         for row, keep in enumerate(mask)
         if keep
     ]

@@ -1,22 +1,22 @@
 """Which diffusion model, and how it is loaded. Knows nothing of prompts on disk, scores or Prefect.
 
-A model is named by a `ModelRef`: a diffusers folder or hub id, and what training has put on top of it.
-Today's family is Stable Diffusion 1.x/2.x (one text encoder, UNet, epsilon or v prediction); the family is
-read from the checkpoint's own `model_index.json`.
+A model is named by a `ModelRef`: a diffusers folder or hub id, and what training has put on top of it. Its family is
+read from the checkpoint's own `model_index.json`; what families differ in lies behind `family.Family`.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import DiffusionPipeline
 
-FAMILIES = ("StableDiffusionPipeline",)
-PREDICTION_TYPES = ("epsilon", "v_prediction")
+    from training.family import Family, PromptEmbeddings
+
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """The name diffusers gives a LoRA. Offline it must be said on loading: the libraries do not look for it then."""
 
@@ -30,18 +30,23 @@ class ModelRef:
     """A base model and what training put on top of it.
 
     base: diffusers folder or hub id. revision: hub revision (None = the hub's default branch).
-    unet: folder of a fully tuned UNet that replaces the base's (None = the base's own).
+    network: folder of a fully tuned UNet or transformer that replaces the base's (None = the base's own).
     adapter: folder of a LoRA on top (None = none).
     """
 
     base: str
     revision: str | None = None
-    unet: str | None = None
+    network: str | None = None
     adapter: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON values; `ModelRef(**d)` is the inverse."""
+        """As plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> "ModelRef":
+        """The inverse of `to_dict`. Records of version 0.1 call the network `unet`."""
+        return cls(**{"network" if name == "unet" else name: value for name, value in values.items()})
 
 
 def model_index(base: str, revision: str | None = None) -> dict[str, Any]:
@@ -55,12 +60,13 @@ def model_index(base: str, revision: str | None = None) -> dict[str, Any]:
         if not path.is_file():
             raise ModelError(f"base_model={base!r}: the folder has no model_index.json, so it is no diffusers model")
     else:
-        path = _hub_index(base, revision)
+        path = hub_file(base, "model_index.json", revision)
     index: dict[str, Any] = json.loads(path.read_text())
     return index
 
 
-def _hub_index(base: str, revision: str | None) -> Path:
+def hub_file(base: str, name: str, revision: str | None) -> Path:
+    """One file of a hub repository, from the cache or the hub. Raises ModelError when it is not to be had."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
@@ -69,7 +75,7 @@ def _hub_index(base: str, revision: str | None) -> Path:
     try:
         # One quick look first: without a network the library would retry for half a minute.
         local = constants.HF_HUB_OFFLINE or not _reachable(constants.ENDPOINT)
-        return Path(hf_hub_download(base, "model_index.json", revision=revision, local_files_only=local))
+        return Path(hf_hub_download(base, name, revision=revision, local_files_only=local))
     except (OSError, HFValidationError) as error:
         raise ModelError(
             f"base_model={base!r}: no such folder, not in the local hub cache and not to be had from the hub "
@@ -91,7 +97,9 @@ def model_digest(base: str, revision: str | None = None) -> str:
     """12 hex digits that change with the model: the hub's commit, or over the contents of a folder's files."""
     path = Path(base)
     if not path.is_dir():
-        return _hub_index(base, revision).parent.name[:12]  # the cache keeps each commit in a folder of its name
+        return hub_file(base, "model_index.json", revision).parent.name[
+            :12
+        ]  # the cache keeps each commit in a folder of its name
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".txt")):
         digest.update(str(file.relative_to(path)).encode())
@@ -100,35 +108,31 @@ def model_digest(base: str, revision: str | None = None) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_prediction_type(base: str, revision: str | None = None) -> None:
-    """Refuse a model that predicts something the losses have no target for."""
-    from diffusers import DDPMScheduler
-
-    config = DDPMScheduler.load_config(base, subfolder="scheduler", revision=revision)
-    kind = config.get("prediction_type", "epsilon")
-    if kind not in PREDICTION_TYPES:
-        raise ModelError(f"base_model={base!r} predicts {kind!r}; supported: {', '.join(PREDICTION_TYPES)}")
-
-
 def check_lora_targets(base: str, revision: str | None, targets: list[str]) -> None:
-    """Refuse endings that no layer of the UNet has. Builds the UNet without weights."""
+    """Refuse endings that no layer of the network has. Builds the network without weights."""
+    import diffusers
     import torch
-    from diffusers import UNet2DConditionModel
 
-    config = UNet2DConditionModel.load_config(base, subfolder="unet", revision=revision)
+    ref = ModelRef(base, revision)
+    family = family_for(ref)
+    kind = getattr(diffusers, family.network_class)
+    config = kind.load_config(base, subfolder=family.network, revision=revision)
     with torch.device("meta"):
-        names = [name for name, _ in UNet2DConditionModel.from_config(config).named_modules()]
+        names = [name for name, _ in kind.from_config(config).named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = sorted({name.rsplit(".", 1)[-1] for name in names if name and not name[-1].isdigit()})
             raise ModelError(f"training.lora_targets: no layer of {base!r} ends in {target!r}; there are {known}")
 
 
-def check_model(base: str, revision: str | None = None) -> None:
-    """Refuse a model that does not exist or whose family is not supported, without loading weights."""
-    family = model_index(base, revision).get("_class_name")
-    if family not in FAMILIES:
-        raise ModelError(f"base_model={base!r} is a {family}; supported: {', '.join(FAMILIES)}")
+def family_for(ref: ModelRef) -> "Family":
+    """The family of a base model, by its `model_index.json`. Loads no weights. Raises ModelError for an unknown one."""
+    from training.families import FAMILIES
+
+    name = model_index(ref.base, ref.revision).get("_class_name")
+    if name not in FAMILIES:
+        raise ModelError(f"base_model={ref.base!r} is a {name}; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 def resolve_device(device: str) -> str:
@@ -150,34 +154,41 @@ def resolve_dtype(dtype: str, device: str) -> "torch.dtype":
     return resolved
 
 
-def load_pipeline(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "StableDiffusionPipeline":
-    """The whole pipeline, ready to sample: base, then a tuned UNet, then the adapter.
+def load_pipeline(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "DiffusionPipeline":
+    """The whole pipeline, ready to sample: base, then a tuned network, then the adapter.
 
     The safety checker is left out: it would replace candidates by black images, which rank like pictures.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
+    import torch
 
-    check_model(ref.base, ref.revision)
+    family = family_for(ref)
     quiet_libraries()
     precision = resolve_dtype(dtype, device)
-    parts = {"unet": load_unet(ref, device, dtype)} if ref.unet else {}
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        ref.base, revision=ref.revision, dtype=precision, safety_checker=None, requires_safety_checker=False,
-        **parts,
-    )  # fmt: skip
+    parts: dict[str, Any] = {family.network: load_network(ref, device, dtype)} if ref.network else {}
+    if "safety_checker" in model_index(ref.base, ref.revision):
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
+        ref.base, revision=ref.revision, dtype=precision, **parts
+    )
     pipeline.set_progress_bar_config(disable=True)
     if ref.adapter:
-        fuse_adapter(pipeline.unet, ref.adapter)
+        fuse_adapter(getattr(pipeline, family.network), ref.adapter, family.network)
+    if precision == torch.float16 and pipeline.vae.config.force_upcast:
+        pipeline.vae.to(torch.float32)  # SDXL's own decoder overflows float16: black pictures
     pipeline.to(device)
-    prefer_channels_last(pipeline.unet)
+    prefer_channels_last(getattr(pipeline, family.network))
     return pipeline
 
 
-def fuse_adapter(unet: "UNet2DConditionModel", adapter: str) -> None:
-    """Add a LoRA to the weights for good: sampling never needs the two apart, and fused layers cost nothing."""
-    unet.load_lora_adapter(adapter, weight_name=ADAPTER_FILE, adapter_name="fused", prefix="unet")
-    unet.fuse_lora(adapter_names=["fused"])
-    unet.unload_lora()
+def fuse_adapter(network: "torch.nn.Module", adapter: str, prefix: str) -> None:
+    """Add a LoRA to the weights for good: sampling never needs the two apart, and fused layers cost nothing.
+
+    prefix: the name of the network in its pipeline, which the adapter's keys begin with.
+    """
+    network.load_lora_adapter(adapter, weight_name=ADAPTER_FILE, adapter_name="fused", prefix=prefix)
+    network.fuse_lora(adapter_names=["fused"])
+    network.unload_lora()
 
 
 def quiet_libraries() -> None:
@@ -189,27 +200,39 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def prefer_channels_last(unet: "UNet2DConditionModel") -> None:
-    """NHWC layout: about 30 % faster UNet convolutions on CPUs, and what tensor cores want."""
+def prefer_channels_last(network: "torch.nn.Module") -> None:
+    """NHWC layout for UNets: about 30 % faster convolutions on CPUs, and what tensor cores want."""
     import torch
 
-    unet.to(memory_format=torch.channels_last)
+    if any(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in network.modules()):
+        network.to(memory_format=torch.channels_last)
 
 
-def load_unet(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "UNet2DConditionModel":
-    """The UNet alone (tuned one where there is one), without any adapter."""
-    from diffusers import UNet2DConditionModel
+def load_network(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "torch.nn.Module":
+    """The UNet or transformer alone (the tuned one where there is one), without any adapter."""
+    import diffusers
 
-    precision = resolve_dtype(dtype, device)
-    if ref.unet:
-        unet = UNet2DConditionModel.from_pretrained(ref.unet, dtype=precision)
+    family = family_for(ref)
+    kind, precision = getattr(diffusers, family.network_class), resolve_dtype(dtype, device)
+    if ref.network:
+        network = kind.from_pretrained(ref.network, dtype=precision)
     else:
-        unet = UNet2DConditionModel.from_pretrained(ref.base, subfolder="unet", revision=ref.revision, dtype=precision)
-    return unet.to(device)
+        network = kind.from_pretrained(ref.base, subfolder=family.network, revision=ref.revision, dtype=precision)
+    loaded: torch.nn.Module = network.to(device)
+    return loaded
 
 
-def load_noise_schedule(ref: ModelRef) -> "DDPMScheduler":
-    """The forward (noising) process the base was trained with: its betas and prediction type."""
-    from diffusers import DDPMScheduler
+def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
+    """What guidance leads away from (see `sampling.negative_prompt`), computed on the CPU by the base's text encoders
+    alone."""
+    import diffusers
 
-    return DDPMScheduler.from_pretrained(ref.base, subfolder="scheduler", revision=ref.revision)
+    from training.sampling import negative_prompt
+
+    family = family_for(ref)
+    parts: dict[str, Any] = {family.network: None, "vae": None}
+    if "safety_checker" in model_index(ref.base, ref.revision):
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(ref.base, revision=ref.revision, **parts)
+    embedded: PromptEmbeddings = negative_prompt(pipeline).map(lambda each: each.float())
+    return embedded

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 """major.minor. A minor step only adds nullable columns; a reader refuses any other major number."""
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -105,13 +105,19 @@ def candidate_schema(latent_size: int, metadata: Mapping[str, Any]) -> pa.Schema
 
 
 def pair_schema(
-    latent_size: int, embedding_size: int | None, scorers: Sequence[str], metadata: Mapping[str, Any]
+    latent_size: int,
+    embedding_size: int | None,
+    scorers: Sequence[str],
+    metadata: Mapping[str, Any],
+    pooled_size: int | None = None,
+    time_ids: bool = False,
 ) -> pa.Schema:
     """One row per preference pair, with column names close to those of Pick-a-Pic.
 
     Scores are facts and labels a decision, therefore both are kept: labels can be decided again without a
     GPU. Scores, labels, soft labels and margin may be null. `embedding_size` = tokens x width of the text encoder's
-    output; None leaves `prompt_embedding` out and training runs the text encoder itself.
+    output. `pooled_size` = width of the pooled text embedding, for models that take one. `time_ids`: whether sizes and
+    crops are told (`training.family.TIME_IDS`); without them every picture is whole, at its own size.
     """
     fields = [("pair_id", pa.string()), ("prompt_id", pa.string()), ("caption", pa.string())]
     fields += _sides("image", IMAGE)
@@ -119,6 +125,10 @@ def pair_schema(
     fields += _sides("latent", pa.list_(pa.float16(), latent_size))
     if embedding_size is not None:
         fields.append(("prompt_embedding", pa.list_(pa.float16(), embedding_size)))
+    if pooled_size is not None:
+        fields.append(("pooled_embedding", pa.list_(pa.float16(), pooled_size)))
+    if time_ids:
+        fields += _sides("time_ids", pa.list_(pa.int32(), 6))
     fields += _sides("seed", pa.int64()) + _sides("model", pa.string())
     for scorer in _distinct(scorers):
         fields += [(score_column(scorer, side), pa.float32()) for side in (0, 1)]

@@ -1,15 +1,16 @@
 """The network in training and the reference it may not drift from.
 
-LoRA: one network; the reference is the same network with the adapter disabled, or, where training starts from
-a champion's adapter, with that frozen adapter in its place. Full: the reference is a frozen copy.
+LoRA: one network; the reference is the same network with the adapter disabled, or, where it is not the base itself (a
+champion's adapter, a reference that is refreshed), with a frozen adapter in its place. Full: the reference is a
+frozen copy, which may wait in main memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,53 +18,79 @@ from training.models import (
     ADAPTER_FILE,
     ModelError,
     ModelRef,
+    family_for,
     fuse_adapter,
-    load_unet,
+    load_network,
     prefer_channels_last,
     resolve_dtype,
 )
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 POLICY, REFERENCE = "policy", "reference"
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 @dataclass(frozen=True)
 class Lora:
     """rank, alpha: the update is alpha / rank * B A (Hu et al. 2021, arXiv:2106.09685, sec. 4.1).
 
-    targets: endings of the names of the layers that get one.
+    targets: endings of the names of the layers that get one. dora: also train each output's magnitude (Liu et al. 2024,
+    arXiv:2402.09353, eq. 5).
     """
 
     rank: int
     alpha: float
-    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    targets: list[str] = field(default_factory=lambda: list(ATTENTION))
+    dora: bool = False
+
+    def config(self) -> "LoraConfig":
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, target_modules=self.targets, init_lora_weights="gaussian",
+            use_dora=self.dora,
+        )  # fmt: skip
 
 
 class LoraPolicy:
-    """A frozen UNet with a trainable adapter. Its parameters are float32 whatever the UNet's precision:
-    one AdamW step at learning rate 1e-5 would change only 2.5 % of bfloat16 adapter weights."""
+    """A frozen network with a trainable adapter. Its parameters are float32 whatever the network's precision:
+    one AdamW step at learning rate 1e-5 would change only 2.5 % of bfloat16 adapter weights.
 
-    def __init__(self, ref: ModelRef, lora: Lora, device: str, dtype: str, seed: int) -> None:
-        self.unet = load_unet(ref, device, "float32")  # adapters are loaded in the precision of the network
-        self.unet.requires_grad_(False)
+    moving_reference: `refresh_reference` will be called.
+    """
+
+    def __init__(
+        self, ref: ModelRef, lora: Lora, device: str, dtype: str, seed: int, moving_reference: bool = False
+    ) -> None:
+        self.family = family_for(ref)
+        self.network = load_network(ref, device, "float32")  # adapters are loaded in the precision of the network
+        self.network.requires_grad_(False)
         if ref.adapter:
             self._start_from(ref.adapter, lora)
         else:
+            self._start_anew(lora, seed, [POLICY, REFERENCE] if moving_reference else [POLICY])
+        prefer_channels_last(self.network)
+        self._layers = _adapter_layers(self.network)
+        self._narrow(resolve_dtype(dtype, device))
+
+    def _start_anew(self, lora: Lora, seed: int, names: list[str]) -> None:
+        """Adapters that change nothing yet, all with the same weights."""
+        for name in names:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                self.unet.add_adapter(_config(lora), POLICY)
-        prefer_channels_last(self.unet)
-        self._layers = _adapter_layers(self.unet)
-        self._narrow(resolve_dtype(dtype, device))
+                self.network.add_adapter(lora.config(), name)
+        self._train_policy_only()
 
     def _start_from(self, adapter: str, lora: Lora) -> None:
         """The champion's adapter twice: frozen as the reference, and as where the policy starts."""
         for name in (REFERENCE, POLICY):
-            self.unet.load_lora_adapter(adapter, weight_name=ADAPTER_FILE, adapter_name=name, prefix="unet")
-        config = self.unet.peft_config[POLICY]
+            self.network.load_lora_adapter(
+                adapter, weight_name=ADAPTER_FILE, adapter_name=name, prefix=self.family.network
+            )
+        config = self.network.peft_config[POLICY]
         found, asked = (config.r, float(config.lora_alpha)), (lora.rank, float(lora.alpha))
         if found != asked:
             raise ModelError(
@@ -71,26 +98,29 @@ class LoraPolicy:
                 f"has rank {found[0]} and alpha {found[1]:g}; train with these, or give a new name as experiment to "
                 "start from the base model"
             )
-        self.unet.set_adapter(POLICY)
-        for name, parameter in self.unet.named_parameters():
+        self._train_policy_only()
+
+    def _train_policy_only(self) -> None:
+        self.network.set_adapter(POLICY)
+        for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(f".{POLICY}." in name)
 
     def _narrow(self, precision: torch.dtype) -> None:
         """Everything but the adapters in the given precision."""
-        for name, parameter in self.unet.named_parameters():
+        for name, parameter in self.network.named_parameters():
             if "lora_" not in name:
                 parameter.data = parameter.data.to(precision)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.unet.parameters() if p.requires_grad]
+        return [p for p in self.network.parameters() if p.requires_grad]
 
     @contextmanager
-    def reference(self) -> Iterator["UNet2DConditionModel"]:
+    def reference(self) -> Iterator[torch.nn.Module]:
         """The reference network, without gradients.
 
         Flips a flag on the cached adapter layers: peft's own switch walks every module twice a step.
         """
-        frozen = REFERENCE in self.unet.peft_config
+        frozen = REFERENCE in self.network.peft_config
         for layer in self._layers:
             if frozen:
                 layer._active_adapter = [REFERENCE]
@@ -98,73 +128,110 @@ class LoraPolicy:
                 layer._disable_adapters = True
         try:
             with torch.no_grad():
-                yield self.unet
+                yield self.network
         finally:
             for layer in self._layers:
                 layer._active_adapter = [POLICY]
                 layer._disable_adapters = False
 
+    def refresh_reference(self) -> None:
+        """From now on the reference is what the policy is at this moment."""
+        self.load_reference({name.replace(f".{POLICY}.", f".{REFERENCE}."): p for name, p in self.weights().items()})
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name."""
-        return {name: p.detach() for name, p in self.unet.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put these in the place of the trained tensors."""
+        _copy(weights, self.weights())
+
+    def reference_weights(self) -> dict[str, torch.Tensor]:
+        """The tensors that `refresh_reference` changes."""
+        return {name: p.detach() for name, p in self.network.named_parameters() if f".{REFERENCE}." in name}
+
+    def load_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
+        _copy(weights, self.reference_weights())
 
     def export(self, folder: Path) -> Path:
-        """Write the adapter as `StableDiffusionPipeline.load_lora_weights` reads it; returns the weights file."""
-        from diffusers import StableDiffusionPipeline
+        """Write the adapter as the pipeline's `load_lora_weights` reads it; returns the weights file."""
+        import diffusers
         from diffusers.utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict
 
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet, adapter_name=POLICY))
+        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network, adapter_name=POLICY))
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        config = self.unet.peft_config[POLICY].to_dict()
+        config = self.network.peft_config[POLICY].to_dict()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=config)
+        part = self.family.network
+        told: dict[str, Any] = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config}
+        getattr(diffusers, self.family.pipeline).save_lora_weights(folder, **told)
         return folder / ADAPTER_FILE
 
 
 class FullPolicy:
-    """Every weight of the UNet trains; the reference is a frozen copy of its start.
+    """Every weight of the network trains; the reference is a frozen copy of its start.
 
     Both in float32, under the same autocast: a reference in another precision differs from the start already.
+    offload: the copy waits in main memory and visits the device for its forward pass.
     """
 
-    def __init__(self, ref: ModelRef, device: str) -> None:
-        self.unet = load_unet(ref, device, "float32")
+    def __init__(self, ref: ModelRef, device: str, offload: bool = False) -> None:
+        self.family = family_for(ref)
+        self.network = load_network(ref, device, "float32")
         if ref.adapter:
-            fuse_adapter(self.unet, ref.adapter)
-        prefer_channels_last(self.unet)
-        self._reference = deepcopy(self.unet).requires_grad_(False)
-        self.unet.requires_grad_(True)
+            fuse_adapter(self.network, ref.adapter, self.family.network)
+        prefer_channels_last(self.network)
+        self._reference = deepcopy(self.network).requires_grad_(False)
+        self._device, self._home = device, "cpu" if offload else device
+        self._reference.to(self._home)
+        self.network.requires_grad_(True)
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return list(self.unet.parameters())
+        return list(self.network.parameters())
 
     @contextmanager
-    def reference(self) -> Iterator["UNet2DConditionModel"]:
+    def reference(self) -> Iterator[torch.nn.Module]:
         """The frozen copy, without gradients."""
         with torch.no_grad():
-            yield self._reference
+            yield self._reference.to(self._device)
+        self._reference.to(self._home)
+
+    def refresh_reference(self) -> None:
+        """From now on the reference is what the policy is at this moment."""
+        self.load_reference(self.weights())
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
-        return {name: parameter.detach() for name, parameter in self.unet.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Put these in the place of the trained tensors."""
+        _copy(weights, self.weights())
+
+    def reference_weights(self) -> dict[str, torch.Tensor]:
+        """The tensors that `refresh_reference` changes."""
+        return {name: parameter.detach() for name, parameter in self._reference.named_parameters()}
+
+    def load_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
+        _copy(weights, self.reference_weights())
 
     def export(self, folder: Path) -> Path:
-        """Write the UNet as `UNet2DConditionModel.from_pretrained` reads it; returns the weights file."""
-        self.unet.save_pretrained(folder)
-        return folder / "diffusion_pytorch_model.safetensors"
+        """Write the network as `from_pretrained` of its class reads it; returns the weights file or its index."""
+        self.network.save_pretrained(folder)
+        return next(path for path in sorted(folder.glob("diffusion_pytorch_model*")))
 
 
 Policy = LoraPolicy | FullPolicy
 
 
-def _config(lora: Lora) -> "object":
-    from peft import LoraConfig
+def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
+    """Raises KeyError when a tensor has no place."""
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
 
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, init_lora_weights="gaussian")
 
-
-def _adapter_layers(unet: "UNet2DConditionModel") -> list["BaseTunerLayer"]:
+def _adapter_layers(network: torch.nn.Module) -> "list[BaseTunerLayer]":
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+    return [module for module in network.modules() if isinstance(module, BaseTunerLayer)]

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from training.families import family_of
+from training.family import PromptEmbeddings
+
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Sampler:
     """How pictures are drawn. Everything here changes the picture; batch size is not among it.
 
     scheduler: class name in diffusers. options: overrides of the scheduler's config. steps: network calls.
-    guidance: classifier-free guidance scale; 1.0 = no guidance (one network row an image instead of two).
+    guidance: classifier-free guidance scale; 1.0 = no guidance (one network row an image instead of two). For
+    guidance-distilled models (FLUX.1 dev) the guidance they take as an input.
     height, width: pixels; None = the model's own size.
     """
 
@@ -48,7 +52,7 @@ def scheduler_options(name: str) -> list[str]:
     return [option for option in inspect.signature(getattr(diffusers, name).__init__).parameters if option != "self"]
 
 
-def use_sampler(pipeline: "StableDiffusionPipeline", sampler: Sampler) -> None:
+def use_sampler(pipeline: "DiffusionPipeline", sampler: Sampler) -> None:
     """Give the pipeline the sampler's scheduler. Raises ValueError for an unknown name."""
     import diffusers
 
@@ -59,51 +63,52 @@ def use_sampler(pipeline: "StableDiffusionPipeline", sampler: Sampler) -> None:
 
 
 @torch.no_grad()
-def embed_prompts(pipeline: "StableDiffusionPipeline", prompts: Sequence[str], batch_size: int = 64) -> torch.Tensor:
-    """The text encoder's output, shape (prompts, tokens, width), rounded to float16 as the shards keep it."""
-    parts = []
-    for start in range(0, len(prompts), batch_size):
-        chunk = list(prompts[start : start + batch_size])
-        embedded, _ = pipeline.encode_prompt(chunk, pipeline.device, 1, do_classifier_free_guidance=False)
-        parts.append(embedded.half())
-    return torch.cat(parts)
+def embed_prompts(pipeline: "DiffusionPipeline", prompts: Sequence[str], batch_size: int = 64) -> PromptEmbeddings:
+    """The text encoders' output, a row a prompt, rounded to float16 as the shards keep it."""
+    family = family_of(pipeline)
+    chunks = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    return PromptEmbeddings.cat([family.embed(pipeline, chunk).map(torch.Tensor.half) for chunk in chunks])
+
+
+@torch.no_grad()
+def negative_prompt(pipeline: "DiffusionPipeline") -> PromptEmbeddings:
+    """What guidance leads away from, one row, rounded to float16: the empty prompt, or what the model was trained with
+    in its place."""
+    return family_of(pipeline).negative(pipeline).map(torch.Tensor.half)
 
 
 @torch.no_grad()
 def sample_latents(
-    pipeline: "StableDiffusionPipeline",
-    embeddings: torch.Tensor,
-    negative: torch.Tensor,
+    pipeline: "DiffusionPipeline",
+    embeddings: PromptEmbeddings,
+    negative: PromptEmbeddings,
     seeds: Sequence[int],
     sampler: Sampler,
 ) -> torch.Tensor:
     """Final latents in model space, float16 (n, C, h, w) on the CPU; one image per row of `embeddings`.
 
-    embeddings: (n, tokens, width). negative: (1, tokens, width), the empty prompt. seeds: n.
+    negative: one row, see `negative_prompt`. seeds: n.
     The generators live on the CPU, so a seed means the same picture on every device.
     """
-    precision = pipeline.unet.dtype
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    guided = sampler.guidance > 1.0
-    output = pipeline(
-        prompt_embeds=embeddings.to(pipeline.device, precision),
-        negative_prompt_embeds=negative.expand(len(seeds), -1, -1).to(pipeline.device, precision) if guided else None,
+    family = family_of(pipeline)
+    precision = getattr(pipeline, family.network).dtype
+    latents = family.sample(
+        pipeline,
+        embeddings.to(pipeline.device, precision),
+        negative.expand(len(seeds)).to(pipeline.device, precision) if sampler.guidance > 1.0 else None,
         num_inference_steps=sampler.steps,
         guidance_scale=sampler.guidance,
-        generator=generators,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         height=sampler.height,
         width=sampler.width,
-        output_type="latent",
     )
-    latents: torch.Tensor = output.images
     return _finite(latents.to("cpu", torch.float16), "latents", precision)
 
 
 @torch.no_grad()
-def decode_latents(pipeline: "StableDiffusionPipeline", latents: torch.Tensor) -> np.ndarray:
+def decode_latents(pipeline: "DiffusionPipeline", latents: torch.Tensor) -> np.ndarray:
     """Pictures of the stored latents, uint8 (n, H, W, 3), rounded to nearest (truncation would darken them)."""
-    latents = latents.to(pipeline.device, pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
-    pixels = _finite(pipeline.vae.decode(latents).sample.float(), "pictures", pipeline.vae.dtype)
+    pixels = _finite(family_of(pipeline).decode(pipeline, latents).float(), "pictures", pipeline.vae.dtype)
     pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     images: np.ndarray = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return images
@@ -119,9 +124,9 @@ def _finite(values: torch.Tensor, what: str, precision: torch.dtype) -> torch.Te
 
 
 def sample_images(
-    pipeline: "StableDiffusionPipeline",
-    embeddings: torch.Tensor,
-    negative: torch.Tensor,
+    pipeline: "DiffusionPipeline",
+    embeddings: PromptEmbeddings,
+    negative: PromptEmbeddings,
     seeds: Sequence[int],
     sampler: Sampler,
     batch_size: int,

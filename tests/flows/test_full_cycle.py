@@ -116,12 +116,12 @@ def test_a_candidate_can_be_drawn_again_alone(cycle: Path) -> None:
     from tasks.plan import read_plan
     from tasks.workspace import Cycle
     from training.models import load_pipeline
-    from training.sampling import embed_prompts, sample_images
+    from training.sampling import embed_prompts, negative_prompt, sample_images
 
     plan = read_plan(Cycle(cycle))
     row = read_shard(sorted((cycle / "candidates").glob("*.arrow"))[1], ["caption", "seed", "image"]).to_pylist()[-1]
-    pipeline = load_pipeline(ModelRef(**plan.start))
-    embedding, negative = embed_prompts(pipeline, [row["caption"]]), embed_prompts(pipeline, [""])
+    pipeline = load_pipeline(ModelRef.read(plan.start))
+    embedding, negative = embed_prompts(pipeline, [row["caption"]]), negative_prompt(pipeline)
     image = sample_images(pipeline, embedding, negative, [row["seed"]], plan_sampler(plan), 1)[1][0]
     stored = open_image(row["image"]["bytes"])
     assert abs(image.astype(int) - stored).max() <= 1

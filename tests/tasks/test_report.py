@@ -38,7 +38,8 @@ from training.checkpoint import CheckpointRecord
 from training.models import ModelRef
 from training.pairs import candidate_schema, prompt_id, score_schema
 from training.shards import read_shard, write_json, write_shard
-from training.trainer import METRICS, final_metrics
+from training.run import final_metrics
+from training.trainer import METRICS
 
 EVIL = "<script>alert(1)</script> | a \"red\" circle & 'two' squares"
 PROMPTS = 40

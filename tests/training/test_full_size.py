@@ -9,7 +9,7 @@ from tests.tiny import clip_tokenizer
 from tests.training.worlds import make_plan
 from training.models import ADAPTER_FILE, ModelRef, load_pipeline
 from training.policy import Lora
-from training.sampling import Sampler, embed_prompts, sample_images
+from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 from training.trainer import train
 
 PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
@@ -56,8 +56,8 @@ def test_stable_diffusion_15(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     pipeline = load_pipeline(ModelRef(str(base)))
     counts = {part: sum(p.numel() for p in getattr(pipeline, part).parameters()) for part in PARAMETERS}
     assert counts == PARAMETERS
-    embeddings, negative = embed_prompts(pipeline, ["a lighthouse"]), embed_prompts(pipeline, [""])
-    assert embeddings.shape == (1, 77, 768)
+    embeddings, negative = embed_prompts(pipeline, ["a lighthouse"]), negative_prompt(pipeline)
+    assert embeddings.tokens.shape == (1, 77, 768)
     sampler = Sampler("DPMSolverMultistepScheduler", 1, 7.5)
     latents, images = sample_images(pipeline, embeddings, negative, [1], sampler, 1)
     assert latents.shape == (1, 4, 64, 64) and images.shape == (1, 512, 512, 3)

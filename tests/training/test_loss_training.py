@@ -14,7 +14,9 @@ from training.dataset import PreferencePairs, positions_of_step
 from training.loss_table import LOSSES, preference_loss
 from training.losses import LossOutput, PairErrors
 from training.shards import ShardError, read_shard
-from training.trainer import TrainingPlan, _Run, train
+from training.plan import TrainingPlan
+from training.run import Run
+from training.trainer import train
 
 NEEDED = {"rdpo": {"label_smoothing": 0.1}}
 """Options without which a loss is refused."""
@@ -32,7 +34,7 @@ def plan_in(world: Path, output: Path, loss: str, **changes: object) -> Training
     return make_plan(world, output=str(output), loss=loss, **{**NEEDED.get(loss, {}), **changes})
 
 
-def errors_in(run: _Run, monkeypatch: pytest.MonkeyPatch) -> PairErrors:
+def errors_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> PairErrors:
     """The errors of all pairs that the loss is given."""
     captured: list[PairErrors] = []
 
@@ -50,7 +52,7 @@ def errors_in(run: _Run, monkeypatch: pytest.MonkeyPatch) -> PairErrors:
 def test_it_starts_at_zero_margin_and_a_step_goes_the_right_way(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    run = _Run(plan_in(world, tmp_path, name, batch_size=12, micro_batch_size=12, beta=100.0))
+    run = Run(plan_in(world, tmp_path, name, batch_size=12, micro_batch_size=12, beta=100.0))
     before, first = errors_in(run, monkeypatch), run.step(0)
     if LOSSES[name].reference:
         assert first["margin"] == 0.0 and first["implicit_accuracy"] == 0.5
@@ -65,7 +67,7 @@ def test_it_starts_at_zero_margin_and_a_step_goes_the_right_way(
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_micro_batches_change_neither_loss_nor_gradient(world: Path, tmp_path: Path, name: str) -> None:
-    runs = [_Run(plan_in(world, tmp_path, name, micro_batch_size=size, max_grad_norm=1e9)) for size in (2, 4)]
+    runs = [Run(plan_in(world, tmp_path, name, micro_batch_size=size, max_grad_norm=1e9)) for size in (2, 4)]
     for step in range(2):
         two, four = (run.step(step) for run in runs)
         for metric in sorted(set(two) - {"pairs_per_second"}):
@@ -76,7 +78,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(world: Path, tmp_path: P
 @pytest.mark.parametrize("name", LOSSES)
 def test_only_what_the_loss_needs_is_computed(world: Path, tmp_path: Path, name: str) -> None:
     """Pictures through the network a pair, without and with gradients; winner and loser under the same conditions."""
-    run, seen = _Run(plan_in(world, tmp_path, name)), []
+    run, seen = Run(plan_in(world, tmp_path, name)), []
 
     def watch(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         noisy, times, embedding = inputs
@@ -84,7 +86,7 @@ def test_only_what_the_loss_needs_is_computed(world: Path, tmp_path: Path, name:
         for each in (times, embedding):
             assert all(torch.equal(each[:4], part) for part in each.split(4)), "both images: same timestep and prompt"
 
-    run.policy.unet.register_forward_pre_hook(watch)
+    run.policy.network.register_forward_pre_hook(watch)
     run.loss(run.pairs.read(ALL[:4]))
     sides = 2 if LOSSES[name].loser else 1
     assert seen == ([(sides, False)] if LOSSES[name].reference else []) + [(sides, True)]
@@ -118,7 +120,7 @@ def test_soft_labels_reach_the_loss(world: Path, tmp_path: Path) -> None:
     """The first step's loss is ln 2 whatever the labels; from the second on they matter. Weights count at once."""
     losses = {}
     for name, options in {"hard": {}, "soft": {"soft_labels": True}, "weighted": {"margin_weights": True}}.items():
-        run = _Run(plan_in(world, tmp_path / name, "dpo", **options))
+        run = Run(plan_in(world, tmp_path / name, "dpo", **options))
         losses[name] = [run.step(step)["loss"] for step in range(2)]
     assert losses["hard"][0] == losses["soft"][0] == pytest.approx(math.log(2), abs=1e-6)
     assert losses["hard"][1] != losses["soft"][1]
@@ -130,8 +132,8 @@ def test_shards_without_soft_labels_are_refused(world: Path, tmp_path: Path) -> 
     pairs = save_pairs(tmp_path / "hard", soft=False)
     assert np.isnan(PreferencePairs(pairs).read(ALL).soft_label.numpy()).all()
     with pytest.raises(ShardError, match=r"12 of 12 pairs have no soft label.*training\.soft_labels"):
-        _Run(plan_in(world, tmp_path, "dpo", pairs=str(pairs), soft_labels=True))
-    _Run(plan_in(world, tmp_path, "dpo", pairs=str(pairs)))
+        Run(plan_in(world, tmp_path, "dpo", pairs=str(pairs), soft_labels=True))
+    Run(plan_in(world, tmp_path, "dpo", pairs=str(pairs)))
 
 
 def test_an_option_that_the_loss_ignores_is_refused(world: Path, tmp_path: Path) -> None:

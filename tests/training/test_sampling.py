@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.tiny import save_pipeline
-from training.models import ModelRef, load_noise_schedule, load_pipeline
-from training.noise import draw, target
-from training.sampling import Sampler, embed_prompts, sample_images, use_sampler
+from training.family import TimeSampling
+from training.models import ModelRef, family_for, load_pipeline
+from training.noise import Diffusion, draw
+from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images, use_sampler
 
 PROMPTS = ["a red circle", "a blue square", "two green triangles"]
 SAMPLERS = [
@@ -27,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=lambda s: s.scheduler)
 def test_a_picture_does_not_depend_on_its_batch(base: Path, sampler: Sampler) -> None:
     pipeline = load_pipeline(ModelRef(str(base)))
-    embeddings, negative = embed_prompts(pipeline, PROMPTS), embed_prompts(pipeline, [""])
+    embeddings, negative = embed_prompts(pipeline, PROMPTS), negative_prompt(pipeline)
     together = sample_images(pipeline, embeddings, negative, [5, 6, 7], sampler, 3)[1]
     for row, seed in [(2, 7), (0, 5)]:
         alone = sample_images(pipeline, embeddings[row : row + 1], negative, [seed], sampler, 1)[1]
@@ -40,7 +41,7 @@ def test_equals_the_plain_diffusers_pipeline(base: Path, sampler: Sampler) -> No
     from diffusers import StableDiffusionPipeline
 
     ours = load_pipeline(ModelRef(str(base)))
-    embeddings, negative = embed_prompts(ours, PROMPTS[:1]), embed_prompts(ours, [""])
+    embeddings, negative = embed_prompts(ours, PROMPTS[:1]), negative_prompt(ours)
     image = sample_images(ours, embeddings, negative, [11], sampler, 1)[1][0]
     plain = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     plain.set_progress_bar_config(disable=True)
@@ -57,16 +58,27 @@ def test_an_unknown_scheduler_lists_the_known_ones(base: Path) -> None:
         use_sampler(load_pipeline(ModelRef(str(base))), Sampler("Nope", 1, 1.0))
 
 
+def process_of(base: Path) -> Diffusion:
+    ref = ModelRef(str(base))
+    process = family_for(ref).process(ref, (4, 8, 8), TimeSampling())
+    assert isinstance(process, Diffusion)
+    return process
+
+
+def a_time(generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(1000, (), generator=generator)
+
+
 def test_noise_is_a_function_of_seed_pair_and_epoch() -> None:
-    noise, times = draw(1, [("a", 0), ("b", 0), ("a", 1)], (4, 8, 8), 1000)
-    alone, time = draw(1, [("b", 0)], (4, 8, 8), 1000)
+    noise, times = draw(1, [("a", 0), ("b", 0), ("a", 1)], (4, 8, 8), a_time)
+    alone, time = draw(1, [("b", 0)], (4, 8, 8), a_time)
     torch.testing.assert_close(alone[0], noise[1], rtol=0, atol=0)
     assert time[0] == times[1]
-    assert (noise[0] != noise[2]).all() and (draw(2, [("a", 0)], (4, 8, 8), 1000)[0][0] != noise[0]).all()
+    assert (noise[0] != noise[2]).all() and (draw(2, [("a", 0)], (4, 8, 8), a_time)[0][0] != noise[0]).all()
 
 
 def test_noise_and_timesteps_have_the_right_distribution() -> None:
-    noise, times = draw(0, [(str(i), 0) for i in range(2000)], (4, 4, 4), 1000)
+    noise, times = draw(0, [(str(i), 0) for i in range(2000)], (4, 4, 4), a_time)
     assert abs(noise.mean().item()) < 0.01 and abs(noise.std().item() - 1) < 0.01
     assert times.min() < 10 and times.max() > 989 and abs(times.float().mean().item() - 499.5) < 20
 
@@ -75,15 +87,14 @@ def test_noise_and_timesteps_have_the_right_distribution() -> None:
 def test_targets(tmp_path: Path, kind: str) -> None:
     """v = sqrt(abar) noise - sqrt(1 - abar) x0."""
     save_pipeline(tmp_path, prediction_type=kind)
-    schedule = load_noise_schedule(ModelRef(str(tmp_path)))
+    process = process_of(tmp_path)
     x, noise, times = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
-    abar = schedule.alphas_cumprod[times].view(2, 1, 1, 1)
+    abar = process.schedule.alphas_cumprod[times].view(2, 1, 1, 1)
     expected = noise if kind == "epsilon" else abar.sqrt() * noise - (1 - abar).sqrt() * x
-    torch.testing.assert_close(target(schedule, x, noise, times), expected)
+    torch.testing.assert_close(process.target(x, noise, times), expected)
 
 
 def test_unsupported_prediction_types_are_refused(tmp_path: Path) -> None:
     save_pipeline(tmp_path, prediction_type="sample")
-    schedule = load_noise_schedule(ModelRef(str(tmp_path)))
     with pytest.raises(ValueError, match="prediction_type='sample'"):
-        target(schedule, torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+        process_of(tmp_path)

@@ -19,7 +19,9 @@ from training.losses import LossOutput, PairErrors
 from training.models import ADAPTER_FILE, ModelError, ModelRef, load_pipeline
 from training.policy import FullPolicy, Lora, LoraPolicy
 from training.shards import ShardError
-from training.trainer import TrainingDiverged, TrainingPlan, _Run, train
+from training.plan import TrainingPlan
+from training.run import Run
+from training.trainer import TrainingDiverged, train
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,7 @@ def test_the_first_step_has_zero_margin_and_loss_ln_2(world: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_one_step_lowers_the_winners_error_relative_to_the_losers(world: Path, tmp_path: Path, method: str) -> None:
-    run = _Run(plan_in(world, tmp_path, method=method, learning_rate=1e-3, batch_size=12, micro_batch_size=12))
+    run = Run(plan_in(world, tmp_path, method=method, learning_rate=1e-3, batch_size=12, micro_batch_size=12))
     positions = positions_of_step(0, 12, 12, 0)
     run.step(0)
     metrics = run.loss(run.pairs.read(positions)).metrics  # the same pairs, noise and timesteps again
@@ -57,7 +59,7 @@ def test_one_step_lowers_the_winners_error_relative_to_the_losers(world: Path, t
 
 def test_micro_batches_change_neither_loss_nor_gradient(world: Path, tmp_path: Path) -> None:
     """The gradient's norm is compared, since AdamW would hide a wrong scale."""
-    runs = [_Run(plan_in(world, tmp_path, micro_batch_size=size)) for size in (1, 3, 4)]
+    runs = [Run(plan_in(world, tmp_path, micro_batch_size=size)) for size in (1, 3, 4)]
     for step in range(2):
         metrics = [run.step(step) for run in runs]
         for name in ("loss", "grad_norm", "implicit_accuracy"):
@@ -121,7 +123,7 @@ def test_training_from_a_champion_starts_at_it_and_keeps_it_as_reference(world: 
     train(plan_in(world, tmp_path / "first", learning_rate=1e-2))
     champion = ModelRef(str(world / "base"), adapter=str(tmp_path / "first" / "adapter"))
     plan = plan_in(world, tmp_path / "second", model=champion, learning_rate=1e-2)
-    run = _Run(plan)
+    run = Run(plan)
     batch = run.pairs.read(positions_of_step(0, 4, 12, 0))
     assert run.loss(batch).metrics["margin"].tolist() == [0.0] * 4
     with run.policy.reference() as unet:
@@ -141,8 +143,8 @@ def test_training_from_a_champion_starts_at_it_and_keeps_it_as_reference(world: 
 def test_full_training_from_an_adapter_starts_at_the_fused_champion(world: Path, tmp_path: Path) -> None:
     train(plan_in(world, tmp_path, learning_rate=1e-2))
     champion = ModelRef(str(world / "base"), adapter=str(tmp_path / "adapter"))
-    full = FullPolicy(champion, "cpu").unet
-    lora = LoraPolicy(champion, Lora(4, 4.0), "cpu", "auto", 0).unet
+    full = FullPolicy(champion, "cpu").network
+    lora = LoraPolicy(champion, Lora(4, 4.0), "cpu", "auto", 0).network
     inputs = (torch.ones(1, 4, 8, 8), 5, torch.ones(1, 77, 16))
     torch.testing.assert_close(full(*inputs).sample, lora(*inputs).sample, rtol=1e-4, atol=1e-5)
     assert not any("lora" in name for name, _ in full.named_parameters())
@@ -169,7 +171,7 @@ def test_an_overflowed_step_is_noticed_and_skipped(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """float16 training scales the loss; the scaler is torch's own, on the CPU."""
-    run = _Run(plan_in(world, tmp_path, mixed_precision="no"))
+    run = Run(plan_in(world, tmp_path, mixed_precision="no"))
     plain = torch.optim.AdamW(run.policy.parameters(), lr=1e-3)
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=3e38)
     run.accelerator.native_amp = True
@@ -198,13 +200,13 @@ def test_metrics_cut_short_by_a_kill_do_not_stop_the_resume(world: Path, tmp_pat
 def test_adapter_weights_train_in_float32_under_a_half_precision_base(world: Path) -> None:
     policy = LoraPolicy(ModelRef(str(world / "base")), Lora(4, 4.0), "cpu", "bfloat16", 0)
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    assert policy.unet.conv_in.weight.dtype == torch.bfloat16
+    assert policy.network.conv_in.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_mixed_precision_still_starts_at_ln_2_and_moves_the_right_way(world: Path, tmp_path: Path, method: str) -> None:
     plan = plan_in(world, tmp_path, method=method, mixed_precision="bf16", batch_size=12, micro_batch_size=6)
-    run = _Run(plan)
+    run = Run(plan)
     first = run.step(0)
     assert first["margin"] == 0.0, "reference and policy are the same network in the same precision"
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6) and first["skipped"] == 0.0
@@ -262,7 +264,7 @@ def test_winner_and_loser_share_noise_and_timestep(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With equal latents on both sides the errors must be equal to the last bit; other noise would show."""
-    run = _Run(plan_in(world, tmp_path))
+    run = Run(plan_in(world, tmp_path))
     batch = run.pairs.read(positions_of_step(0, 4, 12, 0))
     same = batch._replace(loser=batch.winner)
     captured: list[PairErrors] = []

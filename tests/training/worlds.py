@@ -10,9 +10,9 @@ from PIL import Image
 from tests.tiny import save_pipeline
 from training.models import ModelRef
 from training.pairs import IMAGE, image_uid, latent_column, pair_id, pair_schema
+from training.plan import TrainingPlan
 from training.policy import Lora
 from training.shards import write_manifest, write_shard
-from training.trainer import TrainingPlan
 
 LATENT, EMBEDDING = (4, 8, 8), (77, 16)
 

@@ -1,0 +1,163 @@
+"""What every family of diffusion models has in common, and the one interface behind which families differ.
+
+A family knows how its pipeline embeds prompts and samples, how its pictures are noised, and what its network is
+called with. The trainer and the sampler know families only by this.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+
+from training.noise import Density, NoiseProcess
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from training.models import ModelRef
+
+TIME_IDS = 6
+"""Numbers of SDXL's size conditioning: original height and width, top and left of the crop, target height and width
+(Podell et al. 2023, arXiv:2307.01952, sec. 2.2)."""
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """What the text encoders make of prompts. tokens: (prompts, tokens, width). pooled: (prompts, width), or None."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> "PromptEmbeddings":
+        return self.map(lambda each: each[rows])
+
+    def map(self, change: Any) -> "PromptEmbeddings":
+        """Both tensors through the same function."""
+        return PromptEmbeddings(change(self.tokens), None if self.pooled is None else change(self.pooled))
+
+    def repeat_interleave(self, count: int) -> "PromptEmbeddings":
+        return self.map(lambda each: each.repeat_interleave(count, dim=0))
+
+    def expand(self, count: int) -> "PromptEmbeddings":
+        """The one row `count` times."""
+        return self.map(lambda each: each.expand(count, *each.shape[1:]))
+
+    def to(self, device: Any, dtype: torch.dtype | None = None) -> "PromptEmbeddings":
+        return self.map(lambda each: each.to(device, dtype))
+
+    @staticmethod
+    def cat(parts: Sequence["PromptEmbeddings"]) -> "PromptEmbeddings":
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return PromptEmbeddings(torch.cat([part.tokens for part in parts]), torch.cat(pooled) if pooled else None)
+
+
+class Conditions(NamedTuple):
+    """What the network is told besides the noised latents and the time.
+
+    prompts: one row an image. time_ids: (n, 6) float32, see TIME_IDS, for families that take them. guidance: the input
+    of guidance-distilled networks; the others ignore it.
+    """
+
+    prompts: PromptEmbeddings
+    time_ids: torch.Tensor | None = None
+    guidance: float = 1.0
+
+
+@dataclass(frozen=True)
+class TimeSampling:
+    """Which times flow models are trained at. shift: None = as the model's scheduler says. Diffusion models draw theirs
+    uniformly, as they were trained."""
+
+    density: Density = "logit-normal"
+    shift: float | None = None
+
+
+class Family(ABC):
+    """One family. pipeline: diffusers' class. network: the component that is trained; network_class: its class.
+
+    flow: noised by flow matching. pooled: its networks take a pooled text embedding. takes_time_ids: they take sizes.
+    """
+
+    pipeline: ClassVar[str]
+    network: ClassVar[str] = "unet"
+    network_class: ClassVar[str] = "UNet2DConditionModel"
+    flow: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
+    takes_time_ids: ClassVar[bool] = False
+
+    @abstractmethod
+    def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
+        """The text encoders' outputs."""
+
+    def negative(self, pipeline: "DiffusionPipeline") -> PromptEmbeddings:
+        """What guidance leads away from: one row."""
+        return self.embed(pipeline, [""])
+
+    @abstractmethod
+    def sample(
+        self,
+        pipeline: "DiffusionPipeline",
+        prompts: PromptEmbeddings,
+        negative: PromptEmbeddings | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Final latents in model space (n, C, h, w). negative: None = no guidance. options: of the pipeline's call."""
+
+    @abstractmethod
+    def process(self, ref: "ModelRef", latent_shape: Sequence[int], sampling: TimeSampling) -> NoiseProcess:
+        """How pictures of this size are noised in training."""
+
+    @abstractmethod
+    def predict(
+        self, network: torch.nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        """The network's prediction (n, C, h, w). All inputs are in the network's precision, but times and time_ids."""
+
+    def decode(self, pipeline: "DiffusionPipeline", latents: torch.Tensor) -> torch.Tensor:
+        """Pictures (n, 3, H, W) in [-1, 1] of latents in model space."""
+        config = pipeline.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        latents = latents.to(pipeline.vae.device, pipeline.vae.dtype) / config.scaling_factor + shift
+        pictures: torch.Tensor = pipeline.vae.decode(latents).sample
+        return pictures
+
+    def encode(self, pipeline: "DiffusionPipeline", pictures: torch.Tensor) -> torch.Tensor:
+        """Latents in model space (n, C, h, w) of pictures (n, 3, H, W) in [-1, 1]: the mean of the posterior."""
+        config = pipeline.vae.config
+        shift = getattr(config, "shift_factor", None) or 0.0
+        posterior = pipeline.vae.encode(pictures.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist
+        latents: torch.Tensor = (posterior.mode() - shift) * config.scaling_factor
+        return latents
+
+    def check(self, ref: "ModelRef") -> None:  # noqa: B027 most families have nothing to refuse
+        """Refuse, without loading weights, a model of this family that cannot be trained. Raises ModelError."""
+
+
+def read_config(ref: "ModelRef", part: str, file: str = "config.json") -> dict[str, Any]:
+    """The configuration of one component of the base, from a folder or the hub. Loads no weights."""
+    local = Path(ref.base) / part / file
+    if local.is_file():
+        config: dict[str, Any] = json.loads(local.read_text())
+        return config
+    from training.models import hub_file
+
+    config = json.loads(hub_file(ref.base, f"{part}/{file}", ref.revision).read_text())
+    return config
+
+
+def picture_scale(ref: "ModelRef") -> int:
+    """Pixels of the picture a latent pixel of it covers, along each side."""
+    return int(2 ** (len(read_config(ref, "vae")["block_out_channels"]) - 1))
+
+
+def whole_picture(latent_shape: Sequence[int], scale: int) -> list[int]:
+    """The time ids of a picture that was made or kept at its own size, uncropped."""
+    height, width = latent_shape[-2] * scale, latent_shape[-1] * scale
+    return [height, width, 0, 0, height, width]

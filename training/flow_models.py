@@ -1,0 +1,122 @@
+"""Stable Diffusion 3 and 3.5, and Flux: transformers trained by flow matching."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from training.family import Conditions, Family, PromptEmbeddings, TimeSampling, read_config
+from training.noise import FlowMatching, NoiseProcess, shift_of
+from training.stable_diffusion import pooled_sample
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from training.models import ModelRef
+
+PATCH = 2
+"""Latent pixels a side that make one token, in both."""
+
+
+class _FlowModel(Family):
+    network = "transformer"
+    flow = True
+    pooled = True
+
+    def process(self, ref: "ModelRef", latent_shape: Sequence[int], sampling: TimeSampling) -> NoiseProcess:
+        tokens = (latent_shape[-2] // PATCH) * (latent_shape[-1] // PATCH)
+        own = shift_of(read_config(ref, "scheduler", "scheduler_config.json"), tokens)
+        return FlowMatching(sampling.density, own if sampling.shift is None else sampling.shift)
+
+
+class StableDiffusion3(_FlowModel):
+    """Esser et al. 2024 (arXiv:2403.03206): three text encoders, of which T5 may be left out."""
+
+    pipeline = "StableDiffusion3Pipeline"
+    network_class = "SD3Transformer2DModel"
+
+    def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
+        found = pipeline.encode_prompt(
+            prompts, prompts, prompts, device=pipeline.device, do_classifier_free_guidance=False
+        )
+        return PromptEmbeddings(found[0], found[2])
+
+    def sample(
+        self,
+        pipeline: "DiffusionPipeline",
+        prompts: PromptEmbeddings,
+        negative: PromptEmbeddings | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        return pooled_sample(pipeline, prompts, negative, **options)
+
+    def predict(
+        self, network: torch.nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        prediction: torch.Tensor = network(
+            hidden_states=noisy, timestep=times * 1000, encoder_hidden_states=conditions.prompts.tokens,
+            pooled_projections=conditions.prompts.pooled,
+        ).sample  # fmt: skip
+        return prediction
+
+
+class Flux(_FlowModel):
+    """Black Forest Labs' FLUX.1: latents packed to tokens, CLIP and T5, and (dev) guidance as an input.
+
+    `Sampler.guidance` is that input; nothing is drawn twice for it.
+    """
+
+    pipeline = "FluxPipeline"
+    network_class = "FluxTransformer2DModel"
+
+    def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
+        tokens, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device)
+        return PromptEmbeddings(tokens, pooled)
+
+    def sample(
+        self,
+        pipeline: "DiffusionPipeline",
+        prompts: PromptEmbeddings,
+        negative: PromptEmbeddings | None,
+        **options: Any,
+    ) -> torch.Tensor:
+        side = pipeline.default_sample_size * pipeline.vae_scale_factor
+        height, width = (options.pop(name) or side for name in ("height", "width"))
+        packed = pipeline(
+            prompt_embeds=prompts.tokens, pooled_prompt_embeds=prompts.pooled, output_type="latent",
+            height=height, width=width, **options,
+        ).images  # fmt: skip
+        return unpack(packed, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
+
+    def predict(
+        self, network: torch.nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        height, width = noisy.shape[-2:]
+        tokens = conditions.prompts.tokens
+        packed = network(
+            hidden_states=pack(noisy), timestep=times, encoder_hidden_states=tokens,
+            pooled_projections=conditions.prompts.pooled,
+            guidance=torch.full((len(noisy),), conditions.guidance, device=noisy.device),
+            txt_ids=torch.zeros(tokens.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
+            img_ids=positions(height // PATCH, width // PATCH).to(noisy.device, noisy.dtype),
+        ).sample  # fmt: skip
+        return unpack(packed, height, width)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(n, C, h, w) as tokens (n, h w / 4, 4 C): each holds a patch of 2 x 2, channel first."""
+    count, channels, height, width = latents.shape
+    patches = latents.view(count, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(count, -1, channels * PATCH * PATCH)
+
+
+def unpack(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The inverse of `pack`. height, width: of the latents."""
+    patches = tokens.view(len(tokens), height // PATCH, width // PATCH, -1, PATCH, PATCH)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(len(tokens), -1, height, width)
+
+
+def positions(height: int, width: int) -> torch.Tensor:
+    """(0, row, column) of each token, (height * width, 3)."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)

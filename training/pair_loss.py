@@ -1,0 +1,172 @@
+"""From a batch of pairs to their losses: noise, the network's predictions, the reference's, and the errors of both."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from training.dataset import PairBatch
+from training.family import Conditions, Family, PromptEmbeddings
+from training.loss_table import LOSSES, LossOptions, preference_loss
+from training.losses import LossOutput, PairErrors, PairLabels, kappa_of, residual_alignment, squared_error
+from training.noise import NoiseProcess, draw, generator_of
+from training.plan import TrainingPlan
+from training.policy import Policy
+from training.reference_errors import ReferenceErrors
+
+
+@dataclass
+class _Inputs:
+    """What both networks see: all winners, then (two sides) all losers, each pair with one noise, time and prompt."""
+
+    noisy: torch.Tensor
+    times: torch.Tensor
+    conditions: Conditions
+    target: torch.Tensor
+    factor: torch.Tensor | None
+    level: torch.Tensor
+
+    def rows(self, chosen: torch.Tensor) -> "_Inputs":
+        """Only these rows."""
+        sizes = self.conditions.time_ids
+        conditions = self.conditions._replace(
+            prompts=self.conditions.prompts.map(lambda each: each[chosen]),
+            time_ids=None if sizes is None else sizes[chosen],
+        )
+        factor = None if self.factor is None else self.factor[chosen]
+        return _Inputs(
+            self.noisy[chosen], self.times[chosen], conditions, self.target[chosen], factor, self.level[chosen]
+        )
+
+
+class PairLoss:
+    """The losses of batches under one plan.
+
+    network: the policy as it is called (wrapped, where accelerate wraps it). empty: the embedding of the empty prompt,
+    one row, needed with prompt_dropout. whole: time ids of a picture at its own size, for families that take them.
+    kept: where the reference's errors are kept, None = computed each time.
+    """
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        policy: Policy,
+        network: torch.nn.Module,
+        process: NoiseProcess,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[None]],
+        whole: list[int] | None,
+        empty: PromptEmbeddings | None,
+        kept: ReferenceErrors | None,
+    ) -> None:
+        self.plan, self.policy, self.network, self.process = plan, policy, network, process
+        self.device, self.autocast, self.whole, self.empty, self.kept = device, autocast, whole, empty, kept
+        self.family: Family = policy.family
+        self.needs = LOSSES[plan.loss]
+        self.precision = next(policy.network.parameters()).dtype
+
+    def __call__(self, batch: PairBatch) -> LossOutput:
+        """Per-pair losses and metrics, (pairs,) each."""
+        sides = 2 if self.needs.loser else 1
+        numbers = [epoch % self.plan.noise_draws if self.plan.noise_draws else epoch for _, epoch in batch.draws]
+        inputs = self._inputs(batch, numbers, sides)
+        errors: dict[str, torch.Tensor] = {}
+        if self.needs.reference:  # first, so that no policy graph is held meanwhile
+            errors |= _by_side("reference", self._reference_errors(inputs, batch, numbers, sides))
+        predicted = self._predict(self.network, inputs)
+        errors |= _by_side("policy", self._errors(predicted, inputs).view(sides, -1))
+        if self.needs.alignment:
+            errors["alignment"] = self._alignment(predicted, inputs)
+        labels = PairLabels(batch.soft_label.to(self.device), batch.margin.to(self.device))
+        found, options = PairErrors(**errors), LossOptions.of(self.plan)
+        loss, metrics = preference_loss(self.plan.loss, found, kappa_of(self.plan.beta), options, labels)
+        return LossOutput(loss, metrics)
+
+    def _inputs(self, batch: PairBatch, numbers: list[int], sides: int) -> _Inputs:
+        images = [batch.winner, batch.loser][:sides]
+        draws = [(pair, number) for (pair, _), number in zip(batch.draws, numbers, strict=True)]
+        noise, times = draw(self.plan.seed, draws, tuple(batch.winner.shape[1:]), self.process.draw_time)
+        noise, times = (_repeat(_to(each, self.device), sides) for each in (noise, times))
+        latents = _to(torch.cat(images), self.device)
+        noisy = self.process.add_noise(latents, noise, times)
+        prompts = self._prompts(batch.prompts, draws).map(lambda each: _repeat(_to(each, self.device), sides))
+        conditions = Conditions(prompts.to(self.device, self.precision), self._sizes(batch, sides), self.plan.guidance)
+        return _Inputs(
+            noisy.to(self.precision), times, conditions, self.process.target(latents, noise, times),
+            self.process.error_factor(times, self.plan.error_space), self.process.level(times),
+        )  # fmt: skip
+
+    def _prompts(self, prompts: PromptEmbeddings, draws: list[tuple[str, int]]) -> PromptEmbeddings:
+        """A share of draws sees the empty prompt; both sides of a pair see the same."""
+        if not self.plan.prompt_dropout or self.empty is None:
+            return prompts
+        keys = [generator_of(f"{self.plan.seed}:prompt:{pair}:{number}") for pair, number in draws]
+        dropped = torch.stack([torch.rand((), generator=key) for key in keys]) < self.plan.prompt_dropout
+        empty = self.empty
+
+        def replace(each: torch.Tensor) -> torch.Tensor:
+            other = empty.tokens if each.ndim == 3 else empty.pooled
+            return torch.where(dropped.view(-1, *[1] * (each.ndim - 1)), known(other).to(each), each)
+
+        return prompts.map(replace)
+
+    def _sizes(self, batch: PairBatch, sides: int) -> torch.Tensor | None:
+        """Each image's own size and crop, winners first."""
+        if self.whole is None:
+            return None
+        if batch.time_ids is None:
+            return torch.tensor([self.whole], dtype=torch.float32, device=self.device).repeat(
+                sides * len(batch.draws), 1
+            )
+        return _to(batch.time_ids[:, :sides].transpose(0, 1).flatten(0, 1), self.device)
+
+    def _reference_errors(self, inputs: _Inputs, batch: PairBatch, numbers: list[int], sides: int) -> torch.Tensor:
+        """(sides, pairs); from what is kept where it is."""
+        if self.kept is None:
+            return self._reference(inputs).view(sides, -1)
+        errors = self.kept.get(batch.indices, numbers, sides)
+        missing = errors.isnan().any(0)
+        if missing.any():
+            new = self._reference(inputs.rows(missing.repeat(sides).to(self.device))).view(sides, -1)
+            errors[:, missing] = new.cpu()
+            self.kept.put(batch.indices, numbers, errors)
+        return _to(errors, self.device)
+
+    def _reference(self, inputs: _Inputs) -> torch.Tensor:
+        with self.policy.reference() as network:
+            return self._errors(self._predict(network, inputs), inputs)
+
+    def _errors(self, predicted: torch.Tensor, inputs: _Inputs) -> torch.Tensor:
+        errors = squared_error(predicted, inputs.target)
+        return errors if inputs.factor is None else errors * inputs.factor
+
+    def _alignment(self, predicted: torch.Tensor, inputs: _Inputs) -> torch.Tensor:
+        alignment = residual_alignment(predicted, inputs.target)
+        return alignment if inputs.factor is None else alignment * inputs.factor[: len(alignment)]
+
+    def _predict(self, network: torch.nn.Module, inputs: _Inputs) -> torch.Tensor:
+        with self.autocast():
+            return self.family.predict(network, inputs.noisy, inputs.times, inputs.conditions)
+
+
+def known(value: torch.Tensor | None) -> torch.Tensor:
+    if value is None:
+        raise ValueError("the model takes a pooled text embedding, and the empty prompt has none")
+    return value
+
+
+def _by_side(network: str, errors: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The fields of `PairErrors` of one network; errors: (sides, pairs)."""
+    return {f"{network}_{name}": part for name, part in zip(("winner", "loser"), errors, strict=False)}
+
+
+def _repeat(each: torch.Tensor, sides: int) -> torch.Tensor:
+    return each.repeat(sides, *[1] * (each.ndim - 1))
+
+
+def _to(each: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device without waiting for it."""
+    if device.type == "cuda":
+        return each.pin_memory().to(device, non_blocking=True)
+    return each.to(device)

@@ -1,0 +1,27 @@
+"""The reference's errors, kept: two numbers a pair and draw, so that later epochs need no reference at all.
+
+Sound only because the reference is frozen and the noise is a function of pair and draw (see `training.noise`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+class ReferenceErrors:
+    """Squared errors by (pair, draw, side), NaN where not known yet. draws: different noises of each pair."""
+
+    def __init__(self, pairs: int, draws: int) -> None:
+        self.values = torch.full((pairs, draws, 2), torch.nan)
+
+    def get(self, indices: Sequence[int], draws: Sequence[int], sides: int) -> torch.Tensor:
+        """(sides, n): of the winners, then (sides=2) of the losers; NaN where not known."""
+        return self.values[list(indices), list(draws), :sides].T
+
+    def put(self, indices: Sequence[int], draws: Sequence[int], errors: torch.Tensor) -> None:
+        """Keep errors (sides, n)."""
+        self.values[list(indices), list(draws), : len(errors)] = errors.T.to("cpu", torch.float32)
+
+    def clear(self) -> None:
+        """Forget all: the reference has changed."""
+        self.values.fill_(torch.nan)

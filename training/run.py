@@ -1,0 +1,226 @@
+"""One training run: its model, optimizer and data in this process, one optimizer step at a time."""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from training.checkpoint import CheckpointRecord, Tensors, load_state, publish_folder, save_state, weights_sha256
+from training.dataset import PairBatch, PreferencePairs, positions_of_step
+from training.family import PromptEmbeddings, TimeSampling, picture_scale, whole_picture
+from training.loss_table import LossOptions, check_options
+from training.losses import LossOutput, kappa_of
+from training.models import ModelRef, embed_negative, resolve_device
+from training.pair_loss import PairLoss
+from training.plan import TrainingPlan
+from training.policy import FullPolicy, LoraPolicy, Policy
+from training.reference_errors import ReferenceErrors
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+FROZEN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Precision of frozen weights under each autocast precision, unless the plan names one: a float16 network without
+autocast would be trained without loss scaling."""
+Metrics = dict[str, float]
+
+
+class Run:
+    """The objects of one training run."""
+
+    def __init__(self, plan: TrainingPlan) -> None:
+        check_options(plan.loss, LossOptions.of(plan))
+        self.plan = plan
+        self.pairs = _pairs(plan)
+        self.accelerator = _accelerator(plan)
+        self.device = self.accelerator.device
+        self.first_process: bool = self.accelerator.is_main_process
+        if plan.batch_size % self.accelerator.num_processes:
+            raise ValueError(
+                f"training.batch_size={plan.batch_size}: must be a multiple of the number of processes, "
+                f"{self.accelerator.num_processes}"
+            )
+        self.policy = _policy(plan, str(self.device))
+        if plan.gradient_checkpointing:
+            self.policy.network.enable_gradient_checkpointing()
+        if plan.compile:
+            self.policy.network.compile_repeated_blocks()
+        self.optimizer: torch.optim.Optimizer
+        # Fused kernels skip an overflowed float16 step inside, where nobody learns of it.
+        fused = plan.mixed_precision != "fp16"
+        optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=fused
+        )
+        self.network, self.optimizer = self.accelerator.prepare(self.policy.network, optimizer)
+        self.kept = ReferenceErrors(len(self.pairs), plan.noise_draws) if plan.noise_draws else None
+        self.loss = self._loss()
+
+    def _loss(self) -> PairLoss:
+        plan, family = self.plan, self.policy.family
+        times = TimeSampling(plan.timestep_density, plan.timestep_shift)
+        process = family.process(plan.model, self.pairs.latent_shape, times)
+        whole = whole_picture(self.pairs.latent_shape, picture_scale(plan.model)) if family.takes_time_ids else None
+        empty: PromptEmbeddings | None = embed_negative(plan.model) if plan.prompt_dropout else None
+        return PairLoss(
+            plan, self.policy, self.network, process, self.device, self.accelerator.autocast, whole, empty, self.kept
+        )
+
+    def resume(self, output: Path, recorded: int) -> int:
+        """Load the newest checkpoint whose steps are all recorded; returns the number of steps it has done.
+
+        The reference is rebuilt from the plan; only one that was refreshed comes from the checkpoint.
+        """
+        state = load_state(output, recorded)
+        if state is None:
+            return 0
+        self.policy.load(state.tensors["weights"])
+        if "reference" in state.tensors:
+            self.policy.load_reference(state.tensors["reference"])
+        if self.kept is not None:
+            self.kept.values = state.tensors["reference_errors"]["values"]
+        scaler = state.optimizer.pop("scaler", None)
+        if scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(scaler)
+        self.optimizer.load_state_dict(state.optimizer)
+        return state.step
+
+    def save(self, output: Path, step: int) -> None:
+        """Everything that the next steps depend on. The order of pairs and their noise are functions of the step."""
+        if self.first_process:
+            scaler = self.accelerator.scaler
+            optimizer = self.optimizer.state_dict() | ({"scaler": scaler.state_dict()} if scaler is not None else {})
+            tensors: dict[str, Tensors] = {"weights": self.policy.weights()}
+            if self.plan.refresh_reference:
+                tensors["reference"] = self.policy.reference_weights()
+            if self.kept is not None:
+                tensors["reference_errors"] = {"values": self.kept.values}
+            save_state(output, step, tensors, optimizer, keep=2)
+        self.accelerator.wait_for_everyone()
+
+    def step(self, step: int) -> Metrics:
+        """One optimizer step over `batch_size` pairs, in forward passes of `micro_batch_size`."""
+        plan, started = self.plan, time.perf_counter()
+        if plan.refresh_reference and step and step % plan.refresh_reference == 0:
+            self._refresh_reference()
+        rate = learning_rate(plan, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        batches = self._batches(step)
+        outputs: list[LossOutput] = []
+        for batch in batches:
+            last = batch is batches[-1]
+            with nullcontext() if last else self.accelerator.no_sync(self.network):
+                output = self.loss(batch)
+                # The gradients of the processes are averaged, not added.
+                self.accelerator.backward(output.loss.sum() * self.accelerator.num_processes / plan.batch_size)
+            outputs.append(LossOutput(output.loss.detach(), output.metrics))
+        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), plan.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        metrics = self._means(outputs, norm)
+        metrics["skipped"] = float(self.accelerator.optimizer_step_was_skipped)
+        if metrics[
+            "skipped"
+        ]:  # a step that float16 overflow skipped changed nothing; its infinite norm is no divergence
+            metrics["grad_norm"] = 0.0
+        pace = plan.batch_size / (time.perf_counter() - started)
+        return {"step": step + 1, **metrics, "learning_rate": rate, "pairs_per_second": pace}
+
+    def _batches(self, step: int) -> list[PairBatch]:
+        """This process's part of the step's pairs, in as many forward passes as every other process does."""
+        processes = self.accelerator.num_processes
+        positions = positions_of_step(step, self.plan.batch_size, len(self.pairs), self.plan.seed)
+        own = np.split(np.asarray(positions), processes)[self.accelerator.process_index]
+        passes = -(-len(own) // self.plan.micro_batch_size)
+        return [self.pairs.read([(epoch, index) for epoch, index in part]) for part in np.array_split(own, passes)]
+
+    def _refresh_reference(self) -> None:
+        self.policy.refresh_reference()
+        if self.kept is not None:
+            self.kept.clear()
+
+    def _means(self, outputs: list[LossOutput], norm: torch.Tensor) -> Metrics:
+        """Means over the pairs of all processes, and the gradient's norm, in one transfer from the device.
+
+        A metric that is NaN for a pair does not concern it; a loss that is NaN is the news.
+        """
+        names = ["loss", *outputs[0].metrics]
+        columns = [torch.cat([output.loss for output in outputs])]
+        columns += [torch.cat([output.metrics[name] for output in outputs]) for name in names[1:]]
+        values = torch.stack(columns).double()
+        concerned = ~values.isnan()
+        concerned[0] = True
+        sums = torch.stack([values.where(concerned, 0.0).sum(1), concerned.double().sum(1)])
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        *flat, last = torch.cat([sums.flatten(), torch.as_tensor(norm, device=sums.device).view(1).double()]).tolist()
+        totals, counts = flat[: len(names)], flat[len(names) :]
+        means = {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
+        return means | {"grad_norm": last}
+
+    def finish(self, output: Path, history: list[Metrics]) -> CheckpointRecord:
+        """Export the trained weights, then the record that says the run is complete."""
+        plan, family = self.plan, self.policy.family
+        kind = "adapter" if plan.method == "lora" else family.network
+        publish_folder(output / kind, lambda folder: void(self.policy.export(folder)))
+        weights = next((output / kind).glob("*.safetensors"))
+        model = ModelRef(plan.model.base, plan.model.revision, plan.model.network, str(output / kind))
+        if plan.method == "full":
+            model = ModelRef(plan.model.base, plan.model.revision, str(output / kind), None)
+        record = CheckpointRecord(
+            model, plan.method, plan.steps, len(self.pairs), plan.beta, kappa_of(plan.beta),
+            weights_sha256(weights), final_metrics(history), plan.loss,
+        )  # fmt: skip
+        record.write(output)
+        return record
+
+
+def void(_: object) -> None:
+    """Drop a value where a callback must return nothing."""
+
+
+def _pairs(plan: TrainingPlan) -> PreferencePairs:
+    pairs = PreferencePairs(Path(plan.pairs), plan.heldout_share)
+    if plan.soft_labels:
+        pairs.require_soft_labels()
+    if plan.margin_offset or plan.margin_weights:
+        pairs.require_margins()
+    return pairs
+
+
+def _accelerator(plan: TrainingPlan) -> "Accelerator":
+    """Of this process alone, or one of several where a launcher started them (accelerate reads its environment)."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # accelerate keeps one state a process and refuses another precision in it; a worker trains many plans.
+    AcceleratorState._reset_state(reset_partial_state=False)
+    device = resolve_device(plan.device)
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # the Accelerator takes the current device
+    return Accelerator(cpu=device == "cpu", mixed_precision=plan.mixed_precision)
+
+
+def _policy(plan: TrainingPlan, device: str) -> Policy:
+    if plan.method == "full":
+        return FullPolicy(plan.model, device, plan.offload_reference)
+    frozen = FROZEN[plan.mixed_precision] if plan.dtype == "auto" else plan.dtype
+    return LoraPolicy(plan.model, plan.lora, device, frozen, plan.seed, bool(plan.refresh_reference))
+
+
+def learning_rate(plan: TrainingPlan, step: int) -> float:
+    """Linear warm-up to `learning_rate` over `warmup_steps`, then constant. step counts from 0."""
+    if step >= plan.warmup_steps:
+        return plan.learning_rate
+    return plan.learning_rate * (step + 1) / plan.warmup_steps
+
+
+def final_metrics(history: list[Metrics]) -> Metrics:
+    """Each metric's mean over the last tenth of the steps: single steps are dominated by the timestep drawn."""
+    tail = history[-max(1, len(history) // 10) :]
+    names = dict.fromkeys(name for metrics in tail for name in metrics if name != "step")
+    means = {name: [metrics[name] for metrics in tail if name in metrics] for name in names}
+    return {name: sum(values) / len(values) for name, values in means.items()}
