@@ -37,8 +37,8 @@ from tasks.workspace import Cycle, Experiment, Part
 from training.checkpoint import CheckpointRecord
 from training.models import ModelRef
 from training.pairs import candidate_schema, prompt_id, score_schema
-from training.shards import read_shard, write_json, write_shard
 from training.run import final_metrics
+from training.shards import read_shard, write_json, write_shard
 from training.trainer import METRICS
 
 EVIL = "<script>alert(1)</script> | a \"red\" circle & 'two' squares"

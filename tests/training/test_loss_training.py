@@ -13,9 +13,9 @@ from training.checkpoint import CheckpointRecord
 from training.dataset import PreferencePairs, positions_of_step
 from training.loss_table import LOSSES, preference_loss
 from training.losses import LossOutput, PairErrors
-from training.shards import ShardError, read_shard
 from training.plan import TrainingPlan
 from training.run import Run
+from training.shards import ShardError, read_shard
 from training.trainer import train
 
 NEEDED = {"rdpo": {"label_smoothing": 0.1}}

@@ -17,10 +17,10 @@ from training.dataset import PreferencePairs, positions_of_step
 from training.loss_table import preference_loss
 from training.losses import LossOutput, PairErrors
 from training.models import ADAPTER_FILE, ModelError, ModelRef, load_pipeline
-from training.policy import FullPolicy, Lora, LoraPolicy
-from training.shards import ShardError
 from training.plan import TrainingPlan
+from training.policy import FullPolicy, Lora, LoraPolicy
 from training.run import Run
+from training.shards import ShardError
 from training.trainer import TrainingDiverged, train
 
 
