@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 from filelock import FileLock, Timeout
 from prefect import flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from pydantic import Field
 
 from flows import stages
@@ -81,8 +82,16 @@ def full_cycle(
     where = experiment_at(workspace, experiment)
     check(recipe, where.folder)
     where.folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(where):
+    with exclusive(where), silent_stages():
         return run_cycles(where, recipe, cycles)
+
+
+def silent_stages() -> AbstractContextManager[object]:
+    """No heartbeats of the stages' own: they live and die with this flow's process, and its heartbeat goes on.
+
+    Every flow with a heartbeat waits up to a second for its thread to end; a cycle has eleven stages.
+    """
+    return temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
 
 
 @contextmanager

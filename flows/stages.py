@@ -9,7 +9,7 @@ from prefect import flow
 
 from tasks.evaluate import Results, judge_models
 from tasks.generate import generate_shard
-from tasks.models import release
+from tasks.models import collect, release
 from tasks.pair import pair_candidates
 from tasks.pictures import forget
 from tasks.plan import read_plan
@@ -72,7 +72,7 @@ def train(cycle: Path) -> CheckpointRecord:
         cycle: folder of a planned cycle with sealed preferences.
     """
     record = train_policy(Cycle(cycle))
-    release()
+    collect()
     return record
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import rankdata
 
 from scoring.expressions import ORDERS, Expression, Leaf
 from scoring.pairing import margin_from_spread
@@ -110,6 +109,8 @@ def _standardised(values: np.ndarray) -> np.ndarray:
 
 def _ranked(values: np.ndarray) -> np.ndarray:
     """The share of the other candidates that each one beats, in [0, 1]."""
+    from scipy.stats import rankdata  # seconds to import, and only orders by rank need it
+
     beaten: np.ndarray = (rankdata(values, axis=1) - 1) / (values.shape[1] - 1)
     return beaten
 

@@ -58,7 +58,8 @@ def test_killed_three_times_it_ends_as_if_undisturbed(api_url: str, tiny_preset:
         seen = now
     for arguments in (killed, whole):
         process = start(api_url, arguments, log)
-        assert process.wait(240) == 0, log.read_text()[-4000:]
+        process.join(240)
+        assert process.exitcode == 0, log.read_text()[-4000:]
     now = finished_files(cycle)
     assert {name: now[name] for name in seen} == seen, "a finished file was written again"
     assert outcome(cycle) == outcome(tmp_path / "whole" / "default" / "cycles" / "0001")

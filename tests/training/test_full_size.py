@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import clip_tokenizer
+from tests.tiny import ALL_MERGES, clip_tokenizer
 from tests.training.worlds import make_plan
 from training.models import ADAPTER_FILE, ModelRef, load_pipeline
 from training.policy import Lora
@@ -36,7 +36,7 @@ def save_sd15(folder: Path) -> Path:
             up_block_types=("UpDecoderBlock2D",) * 4,
         ),
         text_encoder=CLIPTextModel(text),
-        tokenizer=clip_tokenizer(),
+        tokenizer=clip_tokenizer(merges=ALL_MERGES),
         scheduler=PNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
         ),
