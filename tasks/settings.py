@@ -105,17 +105,53 @@ class Training(Section):
     sdpo_mu: float = preset_value(
         "With sdpo: the share of the winner's own improvement that the loser's gradient must leave.", ge=0, le=1
     )
+    error_space: Literal["prediction", "epsilon", "velocity"] = preset_value(
+        "Errors are those of the network's own prediction, or converted to those of the noise or the velocity, so that "
+        "beta means the same for models that predict different things."
+    )
     steps: int = preset_value("Optimizer steps.", ge=1)
-    batch_size: int = preset_value("Pairs an optimizer step.", ge=1)
-    micro_batch_size: int = preset_value("Pairs a forward pass; does not change the result.", ge=1)
-    learning_rate: float = preset_value("AdamW's, after the warm-up.", gt=0, le=1)
+    batch_size: int = preset_value("Pairs an optimizer step, over all processes.", ge=1)
+    micro_batch_size: int = preset_value("Pairs a forward pass of one process; does not change the result.", ge=1)
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = preset_value(
+        "AdamW; the same with 8-bit states (bitsandbytes, CUDA); Adafactor, whose states are smaller still."
+    )
+    learning_rate: float = preset_value("After the warm-up.", gt=0, le=1)
+    schedule: Literal["constant", "linear", "cosine"] = preset_value(
+        "Of the learning rate after the warm-up; linear and cosine end at 0."
+    )
     warmup_steps: int = preset_value("Steps of linear warm-up.", ge=0)
-    weight_decay: float = preset_value("AdamW's.", ge=0)
+    weight_decay: float = preset_value("Of the optimizer.", ge=0)
+    ema: float = preset_value(
+        "Decay of the moving average of the weights that becomes the trained model; 0 = the last weights do.",
+        ge=0,
+        lt=1,
+    )
     max_grad_norm: float = preset_value("Gradients are clipped to this norm.", gt=0)
     beta: float = preset_value("Strength of the pull to the reference.", gt=0)
+    refresh_reference: int = preset_value(
+        "Every so many steps the reference becomes what the policy is then; 0 = it stays what training began with.",
+        ge=0,
+    )
+    noise_draws: int = preset_value(
+        "Different noises and times that a pair is seen with: later epochs repeat them, and the reference's errors are "
+        "kept instead of computed again. 0 = new ones in each epoch.",
+        ge=0,
+        le=1000,
+    )
+    prompt_dropout: float = preset_value("Share of draws in which a pair is seen with the empty prompt.", ge=0, lt=1)
+    timestep_density: Literal["uniform", "logit-normal"] = preset_value("Flow models: how training times are drawn.")
+    timestep_shift: float = preset_value(
+        "Flow models: above 1 draws more noise, below 1 less; 0 = as the model's own scheduler says.", ge=0
+    )
+    guidance_input: float = preset_value("What guidance-distilled models (FLUX.1 dev) are told in training.", ge=0)
+    heldout_share: float = preset_value(
+        "Share of training prompts whose pairs are not trained on but looked at now and then; 0 = none.", ge=0, le=0.5
+    )
+    heldout_every: int = preset_value("Steps between two looks at the held-out pairs.", ge=1)
     lora_rank: int = preset_value("Rank of the adapter.", ge=1, le=1024)
     lora_alpha: float = preset_value("The adapter is scaled by alpha / rank.", gt=0)
     lora_targets: list[str] = preset_value("Endings of the names of the layers that get an adapter.", min_length=1)
+    lora_dora: bool = preset_value("Also train the magnitude of each adapted layer's outputs (DoRA).")
     checkpoint_every: int = preset_value("Steps between resumable checkpoints.", ge=1)
     mixed_precision: Literal["no", "fp16", "bf16"] = preset_value("Autocast precision of the UNet.")
 
@@ -141,4 +177,9 @@ class Execution(Section):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = preset_value("Precision of the frozen weights.")
     batch_size: int = preset_value("Pictures a forward pass in generation.", ge=1)
     score_batch_size: int = preset_value("Pictures a forward pass in scoring.", ge=1)
+    processes: int = preset_value("Training processes; 0 = one for each GPU of the machine.", ge=0)
+    gradient_checkpointing: bool = preset_value("Training computes activations again instead of keeping them.")
+    compile: bool = preset_value("Training compiles the network's blocks: slow to begin, faster afterwards.")
+    offload_reference: bool = preset_value("Full training: the frozen copy waits in main memory between its passes.")
+    trackers: list[str] = preset_value("Where training metrics also go, by accelerate's names: tensorboard, wandb ...")
     images_per_shard: int = preset_value("Pictures a shard; a killed run loses at most the shard it was in.", ge=1)

@@ -1,12 +1,14 @@
 """Trains on the sealed preference shards of a cycle."""
 
 import logging
+from typing import Any
 
 from prefect import task
 
 from tasks.models import absolute
 from tasks.plan import Plan, read_plan
 from tasks.progress import progress
+from tasks.settings import Section
 from tasks.workspace import Cycle
 from training.checkpoint import CheckpointRecord
 from training.models import ModelRef
@@ -45,14 +47,19 @@ def train_policy(cycle: Cycle) -> CheckpointRecord:
 def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
     """The trainer's plan: the recipe's numbers, with paths filled in."""
     recipe, execution = plan.recipe.training, plan.recipe.execution
-    shared = set(TrainingPlan.__dataclass_fields__) & set(type(recipe).model_fields)
     return TrainingPlan(
         model=absolute(ModelRef.read(plan.start), cycle.folder.parent.parent),
         pairs=str(cycle.preferences),
         output=str(cycle.training),
-        lora=Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets),
+        lora=Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, recipe.lora_dora),
         seed=plan.cycle_seed,
-        device=execution.device,
-        dtype=execution.dtype,
-        **{name: getattr(recipe, name) for name in shared},
+        batch_size=recipe.batch_size,
+        **shared_fields(recipe),
+        **shared_fields(execution),
     )
+
+
+def shared_fields(section: Section) -> dict[str, Any]:
+    """What a section says of the fields of a training plan that have the same name."""
+    shared = set(TrainingPlan.__dataclass_fields__) & set(type(section).model_fields) - {"batch_size"}
+    return {name: getattr(section, name) for name in shared}

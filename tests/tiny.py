@@ -139,6 +139,19 @@ beta = 2000.0
 lora_rank = 4
 lora_alpha = 4.0
 lora_targets = ["to_q", "to_k", "to_v", "to_out.0"]
+optimizer = "adamw"
+schedule = "constant"
+ema = 0.0
+error_space = "prediction"
+refresh_reference = 0
+noise_draws = 0
+prompt_dropout = 0.0
+timestep_density = "logit-normal"
+timestep_shift = 0.0
+guidance_input = 1.0
+heldout_share = 0.0
+heldout_every = 50
+lora_dora = false
 checkpoint_every = 2
 mixed_precision = "no"
 [evaluation]
@@ -152,6 +165,11 @@ device = "cpu"
 dtype = "auto"
 batch_size = 8
 score_batch_size = 8
+processes = 0
+gradient_checkpointing = false
+compile = false
+offload_reference = false
+trackers = []
 images_per_shard = 12
 """
 

@@ -72,11 +72,11 @@ class Conditions(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeSampling:
-    """Which times flow models are trained at. shift: None = as the model's scheduler says. Diffusion models draw theirs
+    """Which times flow models are trained at. shift: 0 = as the model's scheduler says. Diffusion models draw theirs
     uniformly, as they were trained."""
 
     density: Density = "logit-normal"
-    shift: float | None = None
+    shift: float = 0.0
 
 
 class Family(ABC):

@@ -26,7 +26,7 @@ class _FlowModel(Family):
     def process(self, ref: "ModelRef", latent_shape: Sequence[int], sampling: TimeSampling) -> NoiseProcess:
         tokens = (latent_shape[-2] // PATCH) * (latent_shape[-1] // PATCH)
         own = shift_of(read_config(ref, "scheduler", "scheduler_config.json"), tokens)
-        return FlowMatching(sampling.density, own if sampling.shift is None else sampling.shift)
+        return FlowMatching(sampling.density, sampling.shift or own)
 
 
 class StableDiffusion3(_FlowModel):

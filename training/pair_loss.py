@@ -91,7 +91,9 @@ class PairLoss:
         latents = _to(torch.cat(images), self.device)
         noisy = self.process.add_noise(latents, noise, times)
         prompts = self._prompts(batch.prompts, draws).map(lambda each: _repeat(_to(each, self.device), sides))
-        conditions = Conditions(prompts.to(self.device, self.precision), self._sizes(batch, sides), self.plan.guidance)
+        conditions = Conditions(
+            prompts.to(self.device, self.precision), self._sizes(batch, sides), self.plan.guidance_input
+        )
         return _Inputs(
             noisy.to(self.precision), times, conditions, self.process.target(latents, noise, times),
             self.process.error_factor(times, self.plan.error_space), self.process.level(times),

@@ -28,10 +28,10 @@ class TrainingPlan:
     policy becomes the reference; 0 = never. prompt_dropout: share of draws in which a pair, both sides of it, is
     seen with the empty prompt. error_space: which prediction the squared errors are those of, see
     `noise.NoiseProcess.error_factor`. timestep_density, timestep_shift: see `family.TimeSampling`; flow models only.
-    guidance: what guidance-distilled networks are told in training. ema: decay of the moving average that is exported;
-    0 = none. heldout_share: share of prompts whose pairs are only looked at, every `heldout_every` steps.
+    guidance_input: what guidance-distilled networks are told in training. ema: decay of the moving average that is
+    exported; 0 = none. heldout_share: share of prompts whose pairs are only looked at, every `heldout_every` steps.
 
-    checkpoint_every: steps between resumable checkpoints. dtype: of frozen weights. mixed_precision: accelerate's "no",
+    checkpoint_every: steps between resumable checkpoints. dtype: of frozen weights. mixed_precision: "no",
     "fp16" or "bf16". offload_reference: the frozen copy of a full training waits in main memory. trackers: by
     accelerate's names.
     """
@@ -66,8 +66,8 @@ class TrainingPlan:
     prompt_dropout: float = 0.0
     error_space: ErrorSpace = "prediction"
     timestep_density: Density = "logit-normal"
-    timestep_shift: float | None = None
-    guidance: float = 1.0
+    timestep_shift: float = 0.0
+    guidance_input: float = 1.0
     heldout_share: float = 0.0
     heldout_every: int = 50
     device: str = "auto"
