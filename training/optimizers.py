@@ -1,0 +1,146 @@
+"""Optimizers by name, the learning rate of each step, and the average of the trained weights.
+
+Loads torch and the optimizers' libraries only where one is made: a recipe is checked without them.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+def check_optimizer(name: str, device: str) -> None:
+    """Raises ValueError for an optimizer that is not known, not installed, or does not run on the device."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"training.optimizer={name!r}: there are {', '.join(OPTIMIZERS)}")
+    if name != "adamw-8bit":
+        return
+    if not device.startswith("cuda"):
+        raise ValueError(f"training.optimizer='adamw-8bit' needs a CUDA device, not {device!r}; use adamw or adafactor")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "training.optimizer='adamw-8bit' needs a package that is not installed: `pip install bitsandbytes`, or use "
+            "adafactor, which keeps less state than adamw too"
+        )
+
+
+def make_optimizer(
+    name: str, parameters: "list[torch.nn.Parameter]", learning_rate: float, weight_decay: float, fused: bool
+) -> "torch.optim.Optimizer":
+    """adamw: 8 bytes of state a weight. adamw-8bit: 2, and 8 in tensors of fewer than 4096 weights (bitsandbytes).
+    adafactor: 4 / rows + 4 / columns in a matrix (Shazeer & Stern 2018, arXiv:1804.04235).
+
+    Adafactor as SalesforceAIResearch/DiffusionDPO trains SDXL with it: no momentum, the learning rate as given, each
+    tensor's update clipped to a root mean square of 1. torch.optim.Adafactor is another one: it multiplies the learning
+    rate by the tensor's root mean square (at least 1e-3), which next to stops the half of a LoRA that starts at 0.
+
+    fused: one kernel for all tensors, adamw only. Raises ValueError as `check_optimizer` does.
+    """
+    import torch
+
+    check_optimizer(name, parameters[0].device.type)
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        made: torch.optim.Optimizer = Adafactor(
+            parameters, lr=learning_rate, weight_decay=weight_decay, clip_threshold=1.0, scale_parameter=False,
+            relative_step=False, warmup_init=False,
+        )  # fmt: skip
+        return made
+    import bitsandbytes
+
+    small: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    return small
+
+
+def learning_rate(schedule: str, step: int, steps: int, warmup_steps: int, peak: float) -> float:
+    """The rate of one optimizer step, 0 <= step < steps: a pure function, so a resumed run needs no scheduler's state.
+
+    Warm-up: peak * (step + 1) / warmup_steps, so that the last step of it is at the peak. Then with t from 0 at the
+    first step after it to 1 at the end of the run: `constant` peak, `linear` peak * (1 - t), `cosine`
+    peak * (1 + cos(pi t)) / 2. These are the schedules of diffusers and transformers, except that their warm-up is one
+    step later: their first step has rate 0 and changes nothing. Raises ValueError for another schedule.
+    """
+    check_schedule(schedule)
+    if step < warmup_steps:
+        return peak * ((step + 1) / warmup_steps)  # in this order the last one is the peak to the bit
+    if schedule == "constant":
+        return peak
+    done = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return peak * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def check_schedule(schedule: str) -> None:
+    """Raises ValueError for a schedule that is not known."""
+    if schedule not in SCHEDULES:
+        raise ValueError(f"training.schedule={schedule!r}: there are {', '.join(SCHEDULES)}")
+
+
+class Ema:
+    """Exponential moving average of the trained tensors, float32, by name (Polyak & Juditsky 1992).
+
+    It starts at the tensors given. Update n, counted from 0: average += (1 - d) * (tensor - average) with
+    d = min(decay, (1 + n) / (10 + n)), TensorFlow's warm-up, so that the start is forgotten early on. Raises ValueError
+    unless 0 <= decay < 1. (diffusers' EMAModel keeps the average in the tensors' own precision and by position, and
+    forgets the start at once.)
+    """
+
+    def __init__(self, parameters: "Mapping[str, torch.Tensor]", decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"training.ema_decay={decay}: must be in [0, 1); 0.999 averages about a thousand steps")
+        self.decay, self.updates = decay, 0
+        self._average = {name: tensor.detach().float().clone() for name, tensor in parameters.items()}
+
+    def update(self, parameters: "Mapping[str, torch.Tensor]") -> None:
+        """After an optimizer step. Raises ValueError for tensors of other names."""
+        import torch
+
+        _check_names(self._average, parameters)
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        latest = [parameters[name].detach().float() for name in self._average]
+        torch._foreach_lerp_(list(self._average.values()), latest, 1 - decay)
+        self.updates += 1
+
+    def weights(self) -> "dict[str, torch.Tensor]":
+        """The averages, not copied."""
+        return dict(self._average)
+
+    @contextmanager
+    def applied(self, parameters: "Mapping[str, torch.Tensor]") -> Iterator[None]:
+        """The tensors hold their averages inside, and what they held before afterwards."""
+        _check_names(self._average, parameters)
+        before = {name: tensor.detach().clone() for name, tensor in parameters.items()}
+        _copy(self._average, parameters)
+        try:
+            yield
+        finally:
+            _copy(before, parameters)
+
+    def state(self) -> dict[str, Any]:
+        """For `torch.save`; tensors and a number only."""
+        return {"updates": self.updates, "average": self.weights()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`. Raises ValueError for tensors of other names."""
+        _check_names(self._average, state["average"])
+        _copy(state["average"], self._average)
+        self.updates = int(state["updates"])
+
+
+def _check_names(own: "Mapping[str, torch.Tensor]", other: "Mapping[str, torch.Tensor]") -> None:
+    if own.keys() != other.keys():
+        raise ValueError(f"the average is of other tensors than these: {sorted(own.keys() ^ other.keys())[:4]}")
+
+
+def _copy(source: "Mapping[str, torch.Tensor]", target: "Mapping[str, torch.Tensor]") -> None:
+    for name, tensor in target.items():
+        tensor.detach().copy_(source[name])
