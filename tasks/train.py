@@ -11,11 +11,11 @@ from tasks.progress import progress
 from tasks.settings import Section
 from tasks.workspace import Cycle
 from training.checkpoint import CheckpointRecord
+from training.launch import launch, process_count
 from training.models import ModelRef
 from training.plan import TrainingPlan
 from training.policy import Lora
 from training.shards import verify
-from training.trainer import train
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,9 @@ def train_policy(cycle: Cycle) -> CheckpointRecord:
             advance(step - done, note)
             done = step
 
-        record = train(training_plan(plan, cycle), on_step)
+        training, execution = plan.recipe.training, plan.recipe.execution
+        processes = process_count(execution.processes, execution.device, training.batch_size)
+        record = launch(training_plan(plan, cycle), processes, on_step)
     log.info("trained: %s", {name: round(value, 5) for name, value in record.metrics.items()})
     return record
 

@@ -10,7 +10,7 @@ import torch
 
 from tasks import models
 from tests.training.worlds import make_plan
-from training import trainer
+from training import run, trainer
 from training.models import ModelRef
 
 
@@ -68,8 +68,10 @@ def test_a_trained_network_is_gone_after_a_collection(
 ) -> None:
     """Under bf16 accelerate ties the network to itself, so that nothing else frees it."""
     seen: list[weakref.ref[torch.nn.Module]] = []
-    save = trainer._Run.save
-    monkeypatch.setattr(trainer._Run, "save", lambda run, *rest: (seen.append(weakref.ref(run.unet)), save(run, *rest)))
+    save = run.Run.save
+    monkeypatch.setattr(
+        run.Run, "save", lambda each, *rest: (seen.append(weakref.ref(each.network)), save(each, *rest))
+    )
     trainer.train(make_plan(tmp_path, steps=2, mixed_precision=precision))
     models.collect()
     assert seen and all(network() is None for network in seen)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.training.worlds import make_plan
 from training.checkpoint import CheckpointRecord, checkpoints
 from training.dataset import PreferencePairs, positions_of_step
+from training.diagnostics import TrainingDiverged
 from training.loss_table import preference_loss
 from training.losses import LossOutput, PairErrors
 from training.models import ADAPTER_FILE, ModelError, ModelRef, load_pipeline
@@ -21,7 +22,7 @@ from training.plan import TrainingPlan
 from training.policy import FullPolicy, Lora, LoraPolicy
 from training.run import Run
 from training.shards import ShardError
-from training.trainer import TrainingDiverged, train
+from training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +274,7 @@ def test_winner_and_loser_share_noise_and_timestep(
         captured.append(errors)
         return preference_loss(name, errors, *rest)
 
-    monkeypatch.setattr("training.trainer.preference_loss", spy)
+    monkeypatch.setattr("training.pair_loss.preference_loss", spy)
     run.loss(same)
     errors = captured[0]
     torch.testing.assert_close(errors.policy_winner, errors.policy_loser, rtol=1e-6, atol=0)
