@@ -4,6 +4,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,9 +70,12 @@ def test_a_trained_network_is_gone_after_a_collection(
     """Under bf16 accelerate ties the network to itself, so that nothing else frees it."""
     seen: list[weakref.ref[torch.nn.Module]] = []
     save = run.Run.save
-    monkeypatch.setattr(
-        run.Run, "save", lambda each, *rest: (seen.append(weakref.ref(each.network)), save(each, *rest))
-    )
+
+    def spy(running: run.Run, *rest: Any) -> None:
+        seen.append(weakref.ref(running.network))
+        save(running, *rest)
+
+    monkeypatch.setattr(run.Run, "save", spy)
     trainer.train(make_plan(tmp_path, steps=2, mixed_precision=precision))
     models.collect()
     assert seen and all(network() is None for network in seen)
