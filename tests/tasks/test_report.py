@@ -427,7 +427,8 @@ def test_a_fully_tuned_unet_is_loaded_as_such(finished: tuple[Experiment, Cycle,
     _, cycle, _ = finished
     record = CheckpointRecord.read(cycle.training)
     assert record is not None
-    lines = snippet(cycle, read_plan(cycle), dataclasses.replace(record, method="full")).splitlines()
+    full = dataclasses.replace(record, method="full", model=ModelRef("base", network=str(cycle.training / "unet")))
+    lines = snippet(cycle, read_plan(cycle), full).splitlines()
     assert lines == [
         "from diffusers import DiffusionPipeline, UNet2DConditionModel",
         f"unet = UNet2DConditionModel.from_pretrained('{cycle.training / 'unet'}')",
