@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from training.finished import finished_adapter
-from training.lora_layers import Layer, Tensors, read_layers
+from training.lora_layers import CONFIG, Layer, Tensors, read_layers
 from training.models import ModelError, model_index
 from training.safetensors_file import read_metadata, save_tensors
 
 XL = "StableDiffusionXLPipeline"
 UNETS = ("StableDiffusionPipeline", XL)
 TRANSFORMERS = ("StableDiffusion3Pipeline", "FluxPipeline")
-CONFIG = "lora_adapter_metadata"
-"""Where diffusers keeps PEFT's config, as JSON, in the header of a LoRA file."""
 
 _RESNET = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1",
            "conv_shortcut": "skip_connection"}  # fmt: skip

@@ -1,7 +1,7 @@
 """The layers of a LoRA or DoRA, whoever named its tensors. Reads state dicts; knows nothing of files or models."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 Tensors = dict[str, "torch.Tensor"]
+
+CONFIG = "lora_adapter_metadata"
+"""Where diffusers keeps PEFT's config, as JSON with prefixed keys, in the header of a LoRA file."""
 
 _TENSOR = re.compile(
     r"(?P<part>unet|transformer|text_encoder|text_encoder_2)\.(?P<layer>.+?)\."
@@ -76,3 +79,14 @@ def _scale(part: str, name: str, rank: int, config: Mapping[str, Any]) -> float:
     pattern = own.get("alpha_pattern") or {}
     alpha = float(pattern.get(get_pattern_key(list(pattern), name), own["lora_alpha"]))
     return alpha / (rank**0.5 if own.get("use_rslora") else rank)
+
+
+def peft_state(layers: Sequence[Layer]) -> Tensors:
+    """The same layers under PEFT's names, prefixed by their part."""
+    state: Tensors = {}
+    for layer in layers:
+        name = f"{layer.part}.{layer.name}"
+        state |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up}
+        if layer.magnitude is not None:
+            state[f"{name}.lora_magnitude_vector"] = layer.magnitude
+    return state
