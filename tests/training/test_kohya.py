@@ -140,6 +140,39 @@ def test_transformers_keep_diffusers_names_with_the_scale_inside(tmp_path: Path)
     assert to_kohya(read_layers(state, {}), base)[f"{name}.lora_B.weight"].equal(up)
 
 
+def test_diffusers_reads_the_file_of_a_transformer_as_well() -> None:
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    def network() -> Any:
+        torch.manual_seed(0)
+        return FluxTransformer2DModel(
+            patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16,
+            num_attention_heads=2, joint_attention_dim=16, pooled_projection_dim=16, axes_dims_rope=(4, 4, 8),
+        ).eval()  # fmt: skip
+
+    def predict(transformer: Any) -> torch.Tensor:
+        torch.manual_seed(3)
+        known = {"hidden_states": torch.randn(1, 16, 4), "encoder_hidden_states": torch.randn(1, 5, 16)}
+        ids = {"img_ids": torch.rand(16, 3), "txt_ids": torch.zeros(5, 3), "timestep": torch.tensor([0.5])}
+        with torch.no_grad():
+            prediction: torch.Tensor = transformer(**known, **ids, pooled_projections=torch.randn(1, 16)).sample
+        return prediction
+
+    tuned, config = network(), LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "ff.net.2", "proj_mlp"])
+    tuned.add_adapter(config, "policy")
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    state = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(tuned, adapter_name="policy").items()}
+    layers = read_layers(state, {f"transformer.{key}": value for key, value in config.to_dict().items()})
+    loaded = network()
+    state, _ = FluxPipeline.lora_state_dict(to_kohya(layers, Base("FluxPipeline", {})), return_alphas=True)
+    loaded.load_lora_adapter(state, prefix="transformer")
+    assert (predict(tuned) - predict(network())).abs().max() > 1e-2
+    torch.testing.assert_close(predict(loaded), predict(tuned), rtol=1e-4, atol=1e-5)
+
+
 def test_the_header_says_what_is_known(world: Path, tmp_path: Path) -> None:
     adapter = save_adapter(save_base(world, "xl"), tmp_path / "xl", ATTENTION)
     add_metadata(adapter / ADAPTER_FILE, {"rlaif.loss": "dpo"})
