@@ -36,7 +36,9 @@ def merge(model: ModelRef, target: Path, dtype: str = "float32") -> Path:
     if target.exists():
         raise ModelError(f"{target}: is there already; remove it or name another folder")
     pipeline = fused_pipeline(model)
-    pipeline.to(dtype=getattr(torch, dtype))
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, getattr(torch, dtype))  # the libraries' own `to` warns of computing in it
     publish_folder(target, lambda folder: pipeline.save_pretrained(folder))
     return target
 

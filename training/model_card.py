@@ -58,6 +58,8 @@ def model_card(
         *([_KOHYA] if kohya and lora else []),
         "## Recipe",
         table(("parameter", "value"), _recipe(record, plan)),
+        "Means over the last tenth of the run, which say little about the pictures (see the evaluation):",
+        table(("metric", "value"), [(name, f"{value:.4g}") for name, value in record["metrics"].items()]),
         "## Data",
         table(("fact", "value"), _data(data)),
         _scorers(data.get("scorers") or []),
@@ -135,14 +137,13 @@ def _usage(record: Mapping[str, Any], base: _Base, repo_id: str | None) -> str:
 
 def _recipe(record: Mapping[str, Any], plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     """kappa: the factor on the difference of mean squared errors, since public "betas" mean different things."""
-    numbers = {key: value for key, value in plan.items() if key not in LEFT_OUT}
+    numbers = {key: value for key, value in plan.items() if key not in LEFT_OUT and value is not None}
     lora = numbers.pop("lora", None)
     if lora and record["method"] == "lora":
         numbers |= {f"LoRA {key}": value for key, value in lora.items()}
     known = {"method": record["method"], "loss": record["loss"], "steps": record["steps"], "beta": record["beta"],
              "kappa": record["kappa"]}  # fmt: skip
-    last = {f"{name}, mean of the last tenth": f"{value:.4g}" for name, value in record["metrics"].items()}
-    together = known | numbers | last | {"sha256 of the weights": record["sha256"]}
+    together = known | numbers | {"sha256 of the weights": record["sha256"]}
     return [(key.replace("_", " "), text(value)) for key, value in together.items()]
 
 

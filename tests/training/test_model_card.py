@@ -35,7 +35,8 @@ RECORD: dict[str, Any] = {
     "metrics": {"loss": 0.65, "implicit_accuracy": 0.7},
 }  # fmt: skip
 PLAN = {"model": {}, "pairs": "/home/me/pairs", "output": "/home/me/out", "learning_rate": 2e-4, "batch_size": 16,
-        "lora": {"rank": 16, "alpha": 8.0, "targets": ["to_q", "conv1"]}, "seed": 3, "device": "cpu"}  # fmt: skip
+        "lora": {"rank": 16, "alpha": 8.0, "targets": ["to_q", "conv1"]}, "seed": 3, "device": "cpu",
+        "limit": None}  # fmt: skip
 
 
 def evaluation(wins: int) -> dict[str, Any]:
@@ -51,8 +52,8 @@ def evaluation(wins: int) -> dict[str, Any]:
 
 
 def rows(card: str) -> dict[str, list[str]]:
-    """Table rows by their first cell."""
-    lines = [line.strip("|").split(" | ") for line in card.splitlines() if line.startswith("|")]
+    """Table rows by their first cell; of several the first, so the recipe's before the metrics'."""
+    lines = [line.strip("|").split(" | ") for line in reversed(card.splitlines()) if line.startswith("|")]
     return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
 
 
@@ -76,10 +77,12 @@ def test_recipe_and_data_are_told() -> None:
         "dpo", "500.0", "250.0", "0.0002", "200", "16"
     ]  # fmt: skip
     assert found["LoRA rank"] == ["16"] and found["LoRA alpha"] == ["8.0"] and found["LoRA targets"] == ["to_q / conv1"]
+    assert found["implicit_accuracy"] == ["0.7"] and found["sha256 of the weights"] == ["ab" * 32]
     assert found["pairs"] == ["40 in 2 shards, sealed 2026-01-01"] and found["config hash"] == ["c0ffee"]
     assert found["data set id"] == ["d" * 64] and found["pictures drawn by"] == ["id tiny"]
     assert found["pickscore"] == ["v1", "logit", "0123abcd", "not recorded", "MIT"]
     assert found["label rule"] == ["by pickscore, min_margin 0.5"]
+    assert not {"limit", "device", "output"} & found.keys()
     bare = model_card(RECORD, PLAN, {"sealed": DATA["sealed"]})
     assert "Scorers: not recorded." in bare and rows(bare)["generation"] == ["not recorded"]
 
