@@ -48,6 +48,10 @@ def test_the_same_pictures_through_kohyas_keys(world: Path, tmp_path: Path, kind
     names = list(load_file(kohya))
     assert all(name.startswith(("lora_unet_", "lora_te")) for name in names)
     assert any("input_blocks" in name for name in names) == (kind == "xl")
+    # As the keys are composed in ComfyUI's model_lora_keys_clip; diffusers would take them without `text_model`.
+    for prefix in ("lora_te",) if kind == "sd" else ("lora_te1", "lora_te2"):
+        for layer in ("self_attn_q_proj", "self_attn_out_proj", "mlp_fc1"):
+            assert f"{prefix}_text_model_encoder_layers_0_{layer}.lora_up.weight" in names
 
 
 def test_alpha_is_such_that_alpha_over_rank_is_pefts_scale(world: Path, tmp_path: Path) -> None:
