@@ -1,5 +1,6 @@
 """Trains on the sealed preference shards of a cycle."""
 
+import json
 import logging
 from typing import Any
 
@@ -13,6 +14,7 @@ from tasks.workspace import Cycle
 from training.checkpoint import CheckpointRecord
 from training.launch import launch, process_count
 from training.models import ModelRef
+from training.outputs import write_outputs
 from training.plan import TrainingPlan
 from training.policy import Lora
 from training.shards import verify
@@ -46,6 +48,13 @@ def train_policy(cycle: Cycle) -> CheckpointRecord:
     return record
 
 
+@task(task_run_name="hand-over")
+def hand_over(cycle: Cycle) -> None:
+    """Write what others need to use the trained model: ComfyUI's keys, and the card with the verdicts."""
+    plan = read_plan(cycle)
+    write_outputs(cycle.training, training_plan(plan, cycle), cycle.preferences, json.loads(cycle.results.read_text()))
+
+
 def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
     """The trainer's plan: the recipe's numbers, with paths filled in."""
     recipe, execution = plan.recipe.training, plan.recipe.execution
@@ -55,6 +64,7 @@ def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
         output=str(cycle.training),
         lora=Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, recipe.lora_dora),
         seed=plan.cycle_seed,
+        version=plan.code["rlaif"],
         batch_size=recipe.batch_size,
         **shared_fields(recipe),
         **shared_fields(execution),

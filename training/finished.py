@@ -30,7 +30,7 @@ def finished_model(source: Path, base: str | None = None) -> ModelRef:
 
 def _as_it_lies(model: ModelRef, folder: Path) -> ModelRef:
     """The record's paths, with those of the training itself replaced by where the folder is now."""
-    for name in ("adapter", "unet"):
+    for name in ("adapter", "network"):
         value = getattr(model, name)
         here = folder / Path(value).name if value else None
         if here is not None and here.is_dir():

@@ -111,12 +111,12 @@ def _header(record: Mapping[str, Any], base: _Base, lora: bool) -> str:
 
 def _component(record: Mapping[str, Any]) -> str:
     """The pipeline's part that a full training replaces; its folder has that name."""
-    return Path(record["model"].get("unet") or "unet").name
+    return Path(record["model"].get("network") or "unet").name
 
 
 def _usage(record: Mapping[str, Any], base: _Base, repo_id: str | None) -> str:
     """Code that runs as it stands, in the folder of the card or anywhere once it is published."""
-    tuned, lines = record["model"].get("unet"), ["from diffusers import DiffusionPipeline"]
+    tuned, lines = record["model"].get("network"), ["from diffusers import DiffusionPipeline"]
     part, options = _component(record), ""
     if tuned:
         place = f'"{repo_id}", subfolder="{part}"' if repo_id else f'"{part}"'

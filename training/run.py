@@ -20,6 +20,7 @@ from training.pair_loss import PairLoss
 from training.plan import TrainingPlan
 from training.policy import FullPolicy, LoraPolicy, Policy
 from training.reference_errors import ReferenceErrors
+from training.safetensors_file import add_metadata, training_metadata
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -197,11 +198,21 @@ class Run:
             raise FileNotFoundError(f"{output}: the first process has not finished")
         return record
 
+    def _export(self, folder: Path) -> None:
+        """The weights, with what they are in the file's own header."""
+        plan, file = self.plan, self.policy.export(folder)
+        if plan.method == "lora":  # a whole network is several files, and large
+            told = training_metadata(
+                model=plan.model, loss=plan.loss, beta=plan.beta, kappa=kappa_of(plan.beta), steps=plan.steps,
+                pairs=Path(plan.pairs), version=plan.version,
+            )  # fmt: skip
+            add_metadata(file, told)
+
     def _publish(self, output: Path, history: list[Metrics]) -> None:
         plan = self.plan
         kind = "adapter" if plan.method == "lora" else self.policy.family.network
         with self.ema.applied(self.policy.weights()) if self.ema is not None else nullcontext():
-            publish_folder(output / kind, lambda folder: void(self.policy.export(folder)))
+            publish_folder(output / kind, self._export)
         weights = next((output / kind).glob("*.safetensors"))
         model = ModelRef(plan.model.base, plan.model.revision, plan.model.network, str(output / kind))
         if plan.method == "full":
@@ -211,10 +222,6 @@ class Run:
             weights_sha256(weights), final_metrics(history), plan.loss, warnings_of(plan, history),
         )  # fmt: skip
         record.write(output)
-
-
-def void(_: object) -> None:
-    """Drop a value where a callback must return nothing."""
 
 
 def _pairs(plan: TrainingPlan) -> PreferencePairs:

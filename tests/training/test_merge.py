@@ -100,7 +100,7 @@ def test_a_tuned_network_replaces_the_bases(world: Path, tmp_path: Path) -> None
     torch.nn.init.normal_(unet.conv_out.weight)
     unet.save_pretrained(tmp_path / "unet")
     adapter = save_adapter(base, tmp_path / "adapter", ["to_q"])
-    target = merge(ModelRef(str(base), unet=str(tmp_path / "unet"), adapter=str(adapter)), tmp_path / "merged")
+    target = merge(ModelRef(str(base), network=str(tmp_path / "unet"), adapter=str(adapter)), tmp_path / "merged")
     merged = load_unet(target)
     assert merged.conv_out.weight.equal(unet.conv_out.weight)
     unet.load_lora_adapter(adapter, weight_name=ADAPTER_FILE, prefix="unet")

@@ -30,7 +30,7 @@ DATA: dict[str, Any] = {
     "scorers": [{**dataclasses.asdict(SCORER), "column": "pickscore"}], "schema_version": "1.1",
 }  # fmt: skip
 RECORD: dict[str, Any] = {
-    "model": {"base": "owner/sd", "revision": "main1", "unet": None, "adapter": "/home/me/w/training/adapter"},
+    "model": {"base": "owner/sd", "revision": "main1", "network": None, "adapter": "/home/me/w/training/adapter"},
     "method": "lora", "loss": "dpo", "steps": 200, "pairs": 38, "beta": 500.0, "kappa": 250.0, "sha256": "ab" * 32,
     "metrics": {"loss": 0.65, "implicit_accuracy": 0.7},
 }  # fmt: skip
@@ -63,7 +63,12 @@ def test_the_header_is_what_the_hub_understands() -> None:
     assert header["library_name"] == "diffusers" and header["pipeline_tag"] == "text-to-image"
     assert {"lora", "text-to-image", "diffusion-dpo"} <= set(header["tags"])
     assert "license" not in header
-    full = {**RECORD, "method": "full", "model": {**RECORD["model"], "unet": "/x/unet", "adapter": None}, "loss": "ipo"}
+    full = {
+        **RECORD,
+        "method": "full",
+        "model": {**RECORD["model"], "network": "/x/unet", "adapter": None},
+        "loss": "ipo",
+    }
     header = yaml.safe_load(model_card(full, PLAN, DATA).split("---")[1])
     assert header["base_model_relation"] == "finetune" and not {"lora", "diffusion-dpo"} & set(header["tags"])
     local = {**RECORD, "model": {**RECORD["model"], "base": "/home/me/models/tiny"}}
@@ -100,7 +105,7 @@ def test_the_evaluation_is_told_with_intervals_and_the_decision() -> None:
 
 
 def test_a_published_card_names_no_path_of_this_machine() -> None:
-    local = {**RECORD, "model": {**RECORD["model"], "base": "/home/me/models/tiny", "unet": "/home/me/c/unet"}}
+    local = {**RECORD, "model": {**RECORD["model"], "base": "/home/me/models/tiny", "network": "/home/me/c/unet"}}
     data = {**DATA, "label_rule": {"by": "mean(pickscore?source=/home/me/weights/tiny,hpsv2)"}}
     plan = {**PLAN, "cache": "/home/me/cache"}
     assert "/home/me" in model_card(local, plan, data)  # in its folder it may
@@ -145,7 +150,7 @@ def test_the_code_on_the_card_loads_a_tuned_network(
     unet = load_unet(trained / "base")
     torch.nn.init.normal_(unet.conv_out.weight, std=0.01)
     unet.save_pretrained(tmp_path / "unet")
-    model = ModelRef(str(trained / "base"), unet=str(tmp_path / "unet"))
+    model = ModelRef(str(trained / "base"), network=str(tmp_path / "unet"))
     CheckpointRecord(model, "full", 6, 12, 2000.0, 1000.0, "ab", {"loss": 0.6}).write(tmp_path)
     files = write_outputs(tmp_path, make_plan(trained, method="full"), trained / "pairs")
     assert [file.name for file in files] == ["card.json", "README.md"]  # nothing for kohya in a full training
