@@ -218,6 +218,8 @@ def test_two_processes_train_what_one_does(world: Path, tmp_path: Path) -> None:
     one, two = (load_file(next((tmp_path / name / "adapter").glob("*"))) for name in ("1", "2"))
     assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
     assert [metrics["step"] for metrics in seen[2]] == [1, 2, 3, 4]
+    kept = [load_file(tmp_path / name / "checkpoint-000004" / "reference_errors.safetensors") for name in ("1", "2")]
+    torch.testing.assert_close(*(each["values"] for each in kept), rtol=1e-4, atol=1e-5, equal_nan=True)
     for name in ("loss", "grad_norm", "winner_error_delta", "heldout_implicit_accuracy"):
         told = [[metrics.get(name) for metrics in seen[processes]] for processes in (1, 2)]
         assert told[1] == [value if value is None else pytest.approx(value, rel=1e-3, abs=1e-6) for value in told[0]]
