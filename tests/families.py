@@ -1,16 +1,34 @@
 """Tiny pipelines of every family with random weights, in the file formats of the full-size ones: 32 px pictures."""
 
+import json
+import shutil
 import string
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
-from tests.tiny import clip_tokenizer
+from tests.tiny import clip_vocabulary
+from training.models import ModelRef, load_pipeline
 
 T5_WIDTH = 48
+MERGES = 2000
 WORDS = ["a", "the", "of", "and", "red", "blue", "green", "circle", "square", "picture", "thing", "two"]
+
+
+@cache
+def clip_tokenizer() -> Any:
+    """CLIP's with the first 2000 of its merges: the whole vocabulary takes a second to load, twice a pipeline."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = clip_vocabulary()
+    words = [*list(vocabulary)[: 512 + MERGES], "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=merges[:MERGES], model_max_length=77
+    )
 
 
 @cache
@@ -38,9 +56,11 @@ def clip_encoder(width: int, projected: bool = True) -> Any:
     """projected: with the head whose output is the pooled embedding."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+    words = len(clip_tokenizer())
     config = CLIPTextConfig(
-        hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=width
-    )
+        vocab_size=words, hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=width, bos_token_id=words - 2, eos_token_id=words - 1, pad_token_id=words - 1,
+    )  # fmt: skip
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
@@ -59,8 +79,7 @@ def flow_vae() -> Any:
     return tiny_vae(16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
 
 
-def save_sdxl(folder: Path, seed: int = 0, prediction_type: str = "epsilon", zeros: bool = True) -> Path:
-    """zeros: whether the empty prompt is zeros, as the published model's config says."""
+def save_sdxl(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 
     torch.manual_seed(seed)
@@ -77,13 +96,11 @@ def save_sdxl(folder: Path, seed: int = 0, prediction_type: str = "epsilon", zer
     StableDiffusionXLPipeline(
         vae=tiny_vae(scaling_factor=0.13025), text_encoder=clip_encoder(16, False), text_encoder_2=clip_encoder(24),
         tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer(), unet=unet, scheduler=schedule,
-        force_zeros_for_empty_prompt=zeros,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
-def save_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
-    """t5: whether with the third text encoder, which the published model works without."""
+def save_sd3(folder: Path, seed: int = 0) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(seed)
@@ -94,8 +111,8 @@ def save_sd3(folder: Path, seed: int = 0, t5: bool = True) -> Path:
     )  # fmt: skip
     StableDiffusion3Pipeline(
         vae=flow_vae(), text_encoder=clip_encoder(16), text_encoder_2=clip_encoder(24), tokenizer=clip_tokenizer(),
-        tokenizer_2=clip_tokenizer(), text_encoder_3=t5_encoder() if t5 else None,
-        tokenizer_3=t5_tokenizer() if t5 else None, transformer=transformer,
+        tokenizer_2=clip_tokenizer(), text_encoder_3=t5_encoder(),
+        tokenizer_3=t5_tokenizer(), transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)  # fmt: skip
     return folder
@@ -116,3 +133,55 @@ def save_flux(folder: Path, seed: int = 0, dev: bool = True) -> Path:
         tokenizer_2=t5_tokenizer(), transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(**shift),
     ).save_pretrained(folder)  # fmt: skip
     return folder
+
+
+def with_empty_words(sdxl: Path, folder: Path) -> Path:
+    """An SDXL whose empty prompt is embedded like any other; the published model's is zeros."""
+    return _edited(sdxl, folder, force_zeros_for_empty_prompt=False)
+
+
+def without_t5(sd3: Path, folder: Path) -> Path:
+    """An SD3 without its third text encoder, as diffusers saves one."""
+    return _edited(sd3, folder, text_encoder_3=[None, None], tokenizer_3=[None, None])
+
+
+def _edited(base: Path, folder: Path, **changes: Any) -> Path:
+    shutil.copytree(base, folder)
+    index = folder / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+    return folder
+
+
+class FamilyBases:
+    """Tiny models by name, saved when they are asked for, each loaded once by us and once as a user of diffusers
+    would."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @cache  # noqa: B019 there is one, as long as the tests run
+    def folder(self, name: str) -> Path:
+        folder = self._folder / name
+        if name == "sdxl-words":
+            return with_empty_words(self.folder("sdxl"), folder)
+        if name == "sd3-no-t5":
+            return without_t5(self.folder("sd3"), folder)
+        save: dict[str, Callable[[Path], Path]] = {
+            "sdxl": save_sdxl, "sd3": save_sd3, "flux-dev": save_flux,
+            "flux-schnell": lambda folder: save_flux(folder, dev=False),
+        }  # fmt: skip
+        return save[name](folder)
+
+    def ref(self, name: str) -> ModelRef:
+        return ModelRef(str(self.folder(name)))
+
+    @cache  # noqa: B019
+    def ours(self, name: str) -> Any:
+        return load_pipeline(self.ref(name))
+
+    @cache  # noqa: B019
+    def plain(self, name: str) -> Any:
+        absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-no-t5" else {}
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(self.folder(name), **absent)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
