@@ -81,6 +81,17 @@ class LoraPolicy:
                 torch.manual_seed(seed)
                 self.network.add_adapter(lora.config(), name)
         self._train_policy_only()
+        if lora.dora:
+            self._measure(names)
+
+    def _measure(self, names: list[str]) -> None:
+        """DoRA's magnitudes, which were measured in the precision of the network, in float32, as each forward pass
+        measures the weights: the policy then starts at the reference exactly."""
+        for layer in _adapter_layers(self.network):
+            for name in names:
+                magnitude = layer.lora_magnitude_vector[name]
+                norm = magnitude.get_weight_norm(layer.get_base_layer().weight.float(), 0.0, 1.0)
+                magnitude.weight.data = norm.detach()
 
     def _start_from(self, adapter: str, lora: Lora) -> None:
         """The champion's adapter twice: frozen as the reference, and as where the policy starts."""
