@@ -59,7 +59,8 @@ class Run:
         )
         self.ema = Ema(self.policy.weights(), plan.ema) if plan.ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.policy.network, optimizer)
-        self.kept = ReferenceErrors(len(self.pairs), plan.noise_draws) if plan.noise_draws else None
+        draws = plan.noise_draws
+        self.kept = ReferenceErrors(len(self.pairs), draws, self.device) if draws else None
         self.loss = self._loss()
 
     def _loss(self) -> PairLoss:
@@ -84,7 +85,7 @@ class Run:
         if "reference" in state.tensors:
             self.policy.load_reference(state.tensors["reference"])
         if self.kept is not None:
-            self.kept.values = state.tensors["reference_errors"]["values"]
+            self.kept.load(state.tensors["reference_errors"]["values"])
         averaged = state.optimizer.pop("ema", None)
         if self.ema is not None:
             self.ema.load(averaged)
