@@ -18,7 +18,7 @@ from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -111,9 +111,9 @@ def ways_of(bench: Bench, method: str) -> tuple[dict[str, Way], list[str]]:
         if peer.file(bench.given.peers) is None:
             absent.append(peer.name)
             continue
-        ways[f"{peer.name}, README"] = partial(bench.peer, peer, peer.readme, "fp16" if bench.cuda else "no")
-        if peer.tuned != peer.readme:
-            ways[f"{peer.name}, tuned"] = partial(bench.peer, peer, peer.tuned, "bf16" if bench.cuda else "no")
+        for name, more in peer.ways.items():
+            precision = ("fp16" if name == "README" else "bf16") if bench.cuda else "no"
+            ways[f"{peer.name}, {name}"] = partial(bench.peer, peer, more, precision)
     cached = f"cached {method}"
     ways["ours, first epoch"] = partial(bench.ours, cached, method, True)
     ways["ours, cached latents"] = partial(bench.ours, cached, method, False)
@@ -122,11 +122,11 @@ def ways_of(bench: Bench, method: str) -> tuple[dict[str, Way], list[str]]:
 
 
 def timed(ways: Mapping[str, Way], repeats: int) -> Seconds:
-    """Mean seconds a step of every repeat of every way."""
+    """Median seconds a step of every repeat of every way."""
     seconds: Seconds = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            seconds[name].append(mean(way()))
+            seconds[name].append(median(way()))
     return seconds
 
 
@@ -163,10 +163,10 @@ def parity(bench: Bench) -> list[dict[str, Any]]:
         with captured() as steps:
             run_script(peer, file, bench.base, bench.data, bench.scale, bench.given.steps, more, lambda: None)
         run = Run(bench.plan(peer.method, mixed_precision="no"))
-        for layout in (True, False):
-            found = compare(run, steps, layout)
-            rows.append({"peer": peer.name, "method": peer.method, "their_layout": layout, **found._asdict()})
-            print(f"{peer.name}, {peer.method}: {found.told()}, in {'their' if layout else 'our'} memory layout")
+        for as_theirs in (True, False):
+            found = compare(run, steps, as_theirs)
+            rows.append({"peer": peer.name, "method": peer.method, "as_theirs": as_theirs, **found._asdict()})
+            print(f"{peer.name}, {peer.method}: {found.told()}, in {'their' if as_theirs else 'our'} memory layout")
     return rows
 
 

@@ -28,12 +28,13 @@ class Difference(NamedTuple):
         return f"{len(self.losses)} steps, losses {losses}, gradient norms {norms}: {apart}"
 
 
-def compare(run: Run, steps: list[Step], their_layout: bool = True) -> Difference:
-    """their_layout: convolutions in the memory layout of theirs; ours is channels last, where sums round otherwise."""
-    layout = torch.contiguous_format if their_layout else torch.channels_last
+def compare(run: Run, steps: list[Step], as_theirs: bool = True) -> Difference:
+    """as_theirs: in the memory layout of theirs and in training mode, where dropout of nothing still changes layouts.
+    Ours are channels last and evaluation mode; sums are then rounded in another order.
+    """
     for network in (run.policy.network, getattr(run.policy, "_reference", None)):
         if network is not None:
-            network.to(memory_format=layout)
+            network.to(memory_format=torch.contiguous_format if as_theirs else torch.channels_last).train(as_theirs)
     losses, gradients = zip(*(_apart(run, step) for step in steps), strict=True)
     norms = [_norm(step.gradients) for step in steps]
     return Difference(max(losses), max(gradients), [float(step.loss) for step in steps], norms)

@@ -33,15 +33,14 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """A script. path: below the folder of peers. method: what it trains. options: those of its own. readme, tuned:
-    what its README's command adds, and what serves it best without changing the result."""
+    """A script. path: below the folder of peers. method: what it trains. options: those of its own. ways: by name, what
+    its README's command adds, and what serves it best without changing the result."""
 
     name: str
     path: str
     method: str
     options: dict[str, str]
-    readme: list[str]
-    tuned: list[str]
+    ways: dict[str, list[str]]
 
     def file(self, peers: Path | None) -> Path | None:
         """None when it is not present."""
@@ -50,14 +49,23 @@ class Peer:
 
 
 def peers_for(scale: Scale) -> list[Peer]:
-    """LoRA, then full fine-tuning. Salesforce's SDXL branch needs CUDA, and its own README's command nothing more."""
+    """LoRA, then full fine-tuning. Salesforce's SDXL branch needs CUDA, so there is no row of it; its SD 1.5 launcher
+    checkpoints nothing."""
     script = "train_diffusion_dpo_sdxl.py" if scale.xl else "train_diffusion_dpo.py"
     lora = {"dataset_split_name": SPLIT, "rank": "8", "report_to": "tensorboard", "seed": "0"}
-    workers = [f"--dataloader_num_workers={8 if torch.cuda.is_available() else 0}"]
-    known = [Peer("diffusers", f"{EXAMPLES}/{script}", "lora", lora, ["--gradient_checkpointing"], workers)]
+    workers = ["--dataloader_num_workers=8"] if torch.cuda.is_available() else []
+    known = [
+        Peer(
+            "diffusers",
+            f"{EXAMPLES}/{script}",
+            "lora",
+            lora,
+            {"README": ["--gradient_checkpointing"], "tuned": workers},
+        )
+    ]
     full = {"split": SPLIT, "report_to": "tensorboard", "seed": "0"}
     if not scale.xl:
-        known.append(Peer("Salesforce", "DiffusionDPO/train.py", "full", full, workers, workers))
+        known.append(Peer("Salesforce", "DiffusionDPO/train.py", "full", full, {"tuned": workers}))
     return known
 
 
@@ -109,22 +117,28 @@ def _undisturbed() -> Iterator[None]:
     """accelerate keeps one state a process; the script gets its own, and afterwards ours is as it was."""
     import logging
 
-    import diffusers
+    import diffusers.utils.logging
+    import transformers.utils.logging
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    verbosity = diffusers.utils.logging.get_verbosity()
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    verbosity = [each.get_verbosity() for each in loggers]
     states = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
     kept, handlers = [dict(state) for state in states], list(logging.root.handlers)
     cwd, attention = Path.cwd(), "enable_xformers_memory_efficient_attention"
     for state in states:
         state.clear()
+    for each in loggers:
+        each.disable_default_handler()  # it keeps writing to the terminal, whatever is redirected
     with _stubs(), mock.patch.object(diffusers.utils.import_utils, "is_xformers_available", lambda: True), \
             mock.patch.object(diffusers.UNet2DConditionModel, attention, lambda *_: None):  # fmt: skip
         try:
             yield
         finally:
             os.chdir(cwd)
-            diffusers.utils.logging.set_verbosity(verbosity)
+            for each, level in zip(loggers, verbosity, strict=True):
+                each.set_verbosity(level)
+                each.enable_default_handler()
             logging.root.handlers[:] = handlers
             for state, values in zip(states, kept, strict=True):
                 state.clear()
