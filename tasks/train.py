@@ -1,6 +1,7 @@
 """Trains on the sealed preference shards of a cycle."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -8,6 +9,7 @@ from prefect import task
 from tasks.models import absolute
 from tasks.plan import Plan, read_plan
 from tasks.progress import progress
+from tasks.recipe import Recipe
 from tasks.settings import Section
 from tasks.workspace import Cycle
 from training.checkpoint import CheckpointRecord
@@ -28,8 +30,13 @@ def train_policy(cycle: Cycle) -> CheckpointRecord:
         log.info("%s: complete, kept", cycle.training)
         return finished
     plan = read_plan(cycle)
-    verify(cycle.preferences, "checksum")
-    with progress("train", plan.recipe.training.steps, "step") as advance:
+    return run_training(plan.recipe, training_plan(plan, cycle))
+
+
+def run_training(recipe: Recipe, plan: TrainingPlan) -> CheckpointRecord:
+    """Check the shards' sums, then train with progress; goes on at the last checkpoint."""
+    verify(plan.pairs, "checksum")
+    with progress("train", plan.steps, "step") as advance:
         done = 0
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -39,23 +46,29 @@ def train_policy(cycle: Cycle) -> CheckpointRecord:
             advance(step - done, note)
             done = step
 
-        record = train(training_plan(plan, cycle), on_step)
+        record = train(plan, on_step)
     log.info("trained: %s", {name: round(value, 5) for name, value in record.metrics.items()})
     return record
 
 
 def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
-    """The trainer's plan: the recipe's numbers, with paths filled in."""
-    recipe, execution = plan.recipe.training, plan.recipe.execution
+    """The trainer's plan of a cycle."""
+    start = absolute(ModelRef.read(plan.start), cycle.folder.parent.parent)
+    return plan_training(plan.recipe, start, cycle.preferences, cycle.training, plan.cycle_seed)
+
+
+def plan_training(recipe: Recipe, model: ModelRef, pairs: Path, output: Path, seed: int) -> TrainingPlan:
+    """The recipe's numbers, with paths filled in."""
+    training = recipe.training
     return TrainingPlan(
-        model=absolute(ModelRef.read(plan.start), cycle.folder.parent.parent),
-        pairs=str(cycle.preferences),
-        output=str(cycle.training),
-        lora=Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, recipe.lora_dora),
-        seed=plan.cycle_seed,
-        batch_size=recipe.batch_size,
-        **shared_fields(recipe),
-        **shared_fields(execution),
+        model=model,
+        pairs=str(pairs),
+        output=str(output),
+        lora=Lora(training.lora_rank, training.lora_alpha, training.lora_targets, training.lora_dora),
+        seed=seed,
+        batch_size=training.batch_size,
+        **shared_fields(training),
+        **shared_fields(recipe.execution),
     )
 
 

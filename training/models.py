@@ -222,6 +222,34 @@ def load_network(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "to
     return loaded
 
 
+def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "DiffusionPipeline":
+    """The pipeline without its network: enough to embed prompts and to encode pictures.
+
+    The autoencoder is in float32 where half precision would cost it digits (bfloat16) or overflow: what it encodes is
+    kept.
+    """
+    import diffusers
+    import torch
+
+    family = family_for(ref)
+    quiet_libraries()
+    precision = resolve_dtype(dtype, device)
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
+        ref.base, revision=ref.revision, dtype=precision, **_without(ref, family.network)
+    )
+    if precision == torch.bfloat16 or (precision == torch.float16 and pipeline.vae.config.force_upcast):
+        pipeline.vae.to(torch.float32)
+    return pipeline.to(device)
+
+
+def _without(ref: ModelRef, *parts: str) -> dict[str, Any]:
+    """What to tell `from_pretrained` so that these parts, and the safety checker, are not loaded."""
+    left_out: dict[str, Any] = dict.fromkeys(parts)
+    if "safety_checker" in model_index(ref.base, ref.revision):
+        left_out |= {"safety_checker": None, "requires_safety_checker": False}
+    return left_out
+
+
 def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
     """What guidance leads away from (see `sampling.negative_prompt`), computed on the CPU by the base's text encoders
     alone."""
@@ -230,9 +258,7 @@ def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
     from training.sampling import negative_prompt
 
     family = family_for(ref)
-    parts: dict[str, Any] = {family.network: None, "vae": None}
-    if "safety_checker" in model_index(ref.base, ref.revision):
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    parts = _without(ref, family.network, "vae")
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(ref.base, revision=ref.revision, **parts)
     embedded: PromptEmbeddings = negative_prompt(pipeline).map(lambda each: each.float())
     return embedded
