@@ -66,7 +66,8 @@ def _check_shape(folder: Path, recipe: Recipe, what: str) -> None:
 
     with safe_open(folder / ADAPTER_FILE, "pt") as file:
         told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        ranks = {file.get_slice(name).get_shape()[0] for name in file.keys() if ".lora_A." in name}  # noqa: SIM118
+        first = [name for name in file.keys() if ".lora.down." in name or ".lora_A." in name]  # noqa: SIM118
+        ranks = {file.get_slice(name).get_shape()[0] for name in first}
     prefix, training = family_for(ModelRef(recipe.base_model, recipe.revision)).network, recipe.training
     alpha = told.get(f"{prefix}.lora_alpha", training.lora_alpha)
     if ranks != {training.lora_rank} or float(alpha) != training.lora_alpha:

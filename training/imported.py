@@ -47,9 +47,9 @@ class Counts:
         )
 
     def check(self) -> None:
-        """Raises ValueError when too many pictures are broken."""
+        """Raises ValueError when too many pictures are broken; a single one says nothing."""
         judged = self.pairs + self.broken
-        if self.broken > BROKEN_SHARE * judged:
+        if self.broken > max(1, BROKEN_SHARE * judged):
             raise ValueError(
                 f"{self.broken} of {judged} labelled pairs have a picture that cannot be read, more than "
                 f"{BROKEN_SHARE:.0%}; the source is damaged, or its columns jpg_0 and jpg_1 hold something else"

@@ -95,8 +95,9 @@ def test_every_shipped_preset_names_things_that_there_are(preset: str) -> None:
     assert set(generation.scheduler_options) <= set(scheduler_options(generation.scheduler))
     assert training.batch_size % training.micro_batch_size == 0 and training.micro_batch_size <= 16
     assert training.warmup_steps < training.steps and training.checkpoint_every <= training.steps
-    first = (RECIPES / f"{preset}.toml").read_text().splitlines()[:2]
-    assert all(line.startswith("#") for line in first) and f"preset={preset}" in " ".join(first) or preset == "shapes"
+    title, command = (RECIPES / f"{preset}.toml").read_text().splitlines()[:2]
+    assert title.startswith("# ") and command.startswith("#   prefect deployment run ")
+    assert f"preset={preset}" in command or preset == "shapes"  # which is the default
 
 
 @pytest.mark.parametrize(
