@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.recipe import ParameterError
+from tasks.recipe import SECTIONS, ParameterError, Recipe, resolve
+from tasks.train_alone import check_pairs, start_model
 from tests.tasks.test_import_pairs import row, save
+from tests.tiny import save_sdxl
 from tests.training.worlds import make_plan, save_pairs
 from training.checkpoint import CheckpointRecord
 from training.models import ADAPTER_FILE, ModelRef, load_pipeline
 from training.plan import TrainingPlan
-from training.shards import ShardError, read_manifest
+from training.shards import ShardError, read_manifest, read_shard, verify
 from training.trainer import train as train_library
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -34,6 +36,10 @@ def run(preset: Path, workspace: Path, pairs: Path | str, **parameters: object) 
 
 def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / "adapter" / ADAPTER_FILE))
+
+
+def preset_of(preset: Path, **flat: object) -> Recipe:
+    return resolve(str(preset), 0, flat, {name: kind() for name, kind in SECTIONS.items()})
 
 
 class Killed(RuntimeError):
@@ -111,13 +117,13 @@ def test_a_killed_training_goes_on_at_its_checkpoint(
 def test_an_earlier_training_is_where_it_starts_and_its_reference(
     trained: Path, tiny_preset: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    for name, adapter in (("training", trained), ("adapter", trained / "adapter")):
-        folder = run(tiny_preset, tmp_path, pairs, name=name, adapter=str(adapter), training={"steps": 2})
-        assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["margin"] == 0.0
-        assert TrainingPlan.read(folder / "plan.json").model.adapter == str(trained / "adapter")
-    full = run(tiny_preset, tmp_path, pairs, name="full", training={"method": "full", "steps": 2})
-    after = run(tiny_preset, tmp_path, pairs, name="after", adapter=str(full), training={"steps": 2})
-    assert TrainingPlan.read(after / "plan.json").model.network == str(full / "unet")
+    folder = run(tiny_preset, tmp_path, pairs, name="second", adapter=str(trained), training={"steps": 1})
+    assert json.loads((folder / "metrics.jsonl").read_text())["margin"] == 0.0
+    model = TrainingPlan.read(folder / "plan.json").model
+    assert model.adapter == str(trained / "adapter")
+    assert start_model(preset_of(tiny_preset), str(trained / "adapter")) == model
+    full = run(tiny_preset, tmp_path, pairs, name="full", training={"method": "full", "steps": 1})
+    assert start_model(preset_of(tiny_preset), str(full)) == ModelRef(model.base, network=str(full / "unet"))
     with pytest.raises(ParameterError, match=r"has rank \[4\] and alpha 4, but training\.lora_rank=8"):
         run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), training={"lora_rank": 8})
     with pytest.raises(ParameterError, match=r"has rank \[4\] and alpha 4, .* training\.lora_alpha=2"):
@@ -143,6 +149,33 @@ def test_human_data_are_imported_once_and_trained_on(tiny_preset: Path, tmp_path
     assert record is not None and record.pairs == 4 and len(list((tmp_path / "imports").iterdir())) == 2
     with pytest.raises(ParameterError, match=r"other parameters \(pairs: '\w+' -> '\w+'\)"):
         run(tiny_preset, tmp_path, source, name="a", training={"steps": 2}, max_pairs=4)
+
+
+def test_sdxl_is_told_each_pictures_own_size_and_crop(
+    tiny_preset: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.family import Conditions
+    from training.stable_diffusion import StableDiffusionXL
+
+    base, told = str(save_sdxl(tmp_path / "xl")), []
+    predict = StableDiffusionXL.predict
+
+    def listen(self: StableDiffusionXL, *inputs: object) -> torch.Tensor:
+        told.append(next(each for each in inputs if isinstance(each, Conditions)).time_ids)
+        return predict(self, *inputs)
+
+    monkeypatch.setattr(StableDiffusionXL, "predict", listen)
+    source = save(tmp_path / "humans.parquet", [row(index, label_0=1.0, label_1=0.0) for index in range(4)])
+    run(tiny_preset, tmp_path, source, base_model=base, training={"steps": 1})
+    folder = next((tmp_path / "imports").iterdir())
+    verify(folder, "deep")
+    table = read_shard(folder / "00000.arrow")
+    winner, loser = [48, 40, 3, 0, 32, 32], [36, 64, 0, 12, 32, 32]  # 40 -> 32 makes 48 -> 38; 36 -> 32 makes 64 -> 57
+    assert table["time_ids_0"].to_pylist() == [winner] * 4 and table["time_ids_1"].to_pylist() == [loser] * 4
+    assert table.schema.field("pooled_embedding").type.list_size == 24
+    assert [each.tolist() for each in told] == [[winner] * 4 + [loser] * 4] * 2  # reference and policy
+    with pytest.raises(ParameterError, match=r"embedding width 16, the model's 32; pooled width None, the model's 24"):
+        run(tiny_preset, tmp_path, pairs, base_model=base)
 
 
 @pytest.mark.parametrize(
@@ -207,18 +240,14 @@ def test_pairs_of_another_kind_of_model_are_refused(
 def test_pairs_of_another_base_model_are_warned_of(
     tiny_preset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tasks.recipe import SECTIONS, resolve
-    from tasks.train_alone import check_pairs
-
     source = save(tmp_path / "humans.parquet", [row(index) for index in range(4)])
     run(tiny_preset, tmp_path, source, training={"steps": 1})
     folder = next((tmp_path / "imports").iterdir())
-    nothing = {name: kind() for name, kind in SECTIONS.items()}
     other = shutil.copytree(tiny_preset.parent / "base", tmp_path / "base")
     logging.getLogger("tasks").propagate = True  # show_logs has given it a handler of its own
-    check_pairs("p", folder, resolve(str(tiny_preset), 0, {}, nothing))
+    check_pairs("p", folder, preset_of(tiny_preset))
     assert "made with base_model" not in caplog.text
-    check_pairs("p", folder, resolve(str(tiny_preset), 0, {"base_model": str(other)}, nothing))
+    check_pairs("p", folder, preset_of(tiny_preset, base_model=str(other)))
     assert f"made with base_model={str(tiny_preset.parent / 'base')!r}, not {str(other)!r}" in caplog.text
 
 
