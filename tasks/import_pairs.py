@@ -122,11 +122,11 @@ def import_pairs(job: Import) -> Path:
     records, total = _adopted(job, schema)
     with progress(f"import {job.source}", job.data.count() or job.max_pairs or 1, "row") as advance:
         advance(total.rows)
-        for rows in _missing(job, len(records)):
-            if job.max_pairs is not None and total.pairs >= job.max_pairs:
-                break
+        # Which rows make a shard depends on nothing but its number.
+        rows = job.data.rows(len(records) * job.rows_per_shard)
+        while total.pairs != job.max_pairs and (part := list(islice(rows, job.rows_per_shard))):
             counts = Counts()
-            records.append(_write_shard(job, len(records), rows, encoder, schema, total, counts))
+            records.append(_write_shard(job, len(records), part, encoder, schema, total, counts))
             total += counts
             advance(counts.rows, f"{total.pairs} pairs")
     if not total.pairs:
@@ -158,13 +158,6 @@ def _adopted(job: Import, schema: pa.Schema) -> tuple[list[ShardRecord], Counts]
     if records:
         log.info("%s: %d shards with %d pairs are there, kept", job.folder, len(records), total.pairs)
     return records, total
-
-
-def _missing(job: Import, shards: int) -> Iterator[list[Row]]:
-    """The rows of each shard after the first so many; which these are depends on nothing but its number."""
-    rows = iter(job.data.rows(shards * job.rows_per_shard))
-    while part := list(islice(rows, job.rows_per_shard)):
-        yield part
 
 
 def _write_shard(

@@ -1,5 +1,6 @@
 """Imported preference rows as rows of our own shards: with latents and embeddings by the base model's encoders."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -124,7 +125,7 @@ def _plain_columns(taken: Sequence[HumanPair], config: str) -> dict[str, Any]:
     # The same pictures may have been judged twice, and none has a seed: the row tells pairs apart.
     keys = [[config, pair.row, *rest] for pair, *rest in zip(taken, prompts, *uids, strict=True)]
     columns: dict[str, Any] = {
-        "pair_id": [image_uid(canonical_json(key).encode())[:32] for key in keys],
+        "pair_id": [hashlib.sha256(canonical_json(key).encode()).hexdigest()[:32] for key in keys],
         "prompt_id": prompts,
         "caption": [pair.caption for pair in taken],
         "has_label": [True] * len(taken),
