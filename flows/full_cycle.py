@@ -19,6 +19,7 @@ from tasks.promote import promote
 from tasks.recipe import ParameterError, Recipe, resolve
 from tasks.report import write_report
 from tasks.settings import Evaluation, Execution, Gate, Generation, Pairing, Training
+from tasks.train import hand_over
 from tasks.workspace import Cycle, Experiment, experiment_at
 from training.shards import write_json
 
@@ -135,6 +136,7 @@ def run_cycle(experiment: Experiment, cycle: Cycle) -> None:
     stages.train(folder)
     stages.evaluate(folder)
     decision = promote(experiment, cycle)
+    hand_over(cycle)
     report = write_report(experiment, cycle)
     write_json(cycle.finished, {"promoted": decision["promoted"]})
     log.info("cycle %s finished; report: %s", cycle.folder.name, report)

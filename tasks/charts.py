@@ -54,6 +54,9 @@ def panel(title: str, series: Mapping[str, np.ndarray], level: tuple[float, str]
     )
 
 
+QUARTERS = ("cleanest", "second", "third", "noisiest")
+
+
 def training_panels(values: dict[str, np.ndarray], max_grad_norm: float, start: float | None) -> dict[str, Panel]:
     """The training curves by the name under which the template explains them: those of which there are numbers.
 
@@ -64,15 +67,19 @@ def training_panels(values: dict[str, np.ndarray], max_grad_norm: float, start: 
         for names in (
             {"winner": "winner_error_delta", "loser": "loser_error_delta"},
             {"winner": "winner_error", "loser": "loser_error"},
-            {"accuracy": "implicit_accuracy"},
+            {"accuracy": "implicit_accuracy", "held-out pairs": "heldout_implicit_accuracy"},
         )
     )
+    quartiles = {f"{label} quarter": f"winner_error_delta_q{index}" for index, label in enumerate(QUARTERS, 1)}
+    by_noise = {label: values[name] for label, name in quartiles.items() if name in values}
     level = None if start is None else (start, f"{start:.3g} at the start")
     panels = {"loss": panel("Loss", {"loss": values["loss"]}, level)}
     if accuracy:
         panels["accuracy"] = panel("Implicit accuracy", accuracy, (0.5, "chance"))
     if above:
         panels["above"] = panel("Error above the reference", above, (0.0, "as the reference"))
+    if by_noise:
+        panels["noise"] = panel("Winner's error above the reference, by noise", by_noise, (0.0, "as the reference"))
     if errors:
         panels["errors"] = panel("Error", errors, None)
     panels["gradient"] = panel("Gradient norm", {"norm": values["grad_norm"]}, (max_grad_norm, "clipped above"))

@@ -103,12 +103,28 @@ def check_training(recipe: Recipe) -> None:
     if training.mixed_precision == "fp16" and not device.startswith("cuda"):
         raise ParameterError(f"training.mixed_precision='fp16' needs a CUDA device, not {device!r}; use bf16 or no")
     _check_loss(recipe)
+    _check_execution(recipe, device)
     try:
         ref = ModelRef(recipe.base_model, recipe.revision)
         family_for(ref).check(ref)
         if training.method == "lora":
             check_lora_targets(recipe.base_model, recipe.revision, training.lora_targets)
     except ModelError as error:
+        raise ParameterError(str(error)) from error
+
+
+def _check_execution(recipe: Recipe, device: str) -> None:
+    """What is not installed, or does not divide among the processes."""
+    from training.launch import process_count
+    from training.optimizers import check_optimizer
+    from training.trackers import check_trackers
+
+    training, execution = recipe.training, recipe.execution
+    try:
+        check_optimizer(training.optimizer, device)
+        check_trackers(execution.trackers)
+        process_count(execution.processes, execution.device, training.batch_size)
+    except ValueError as error:
         raise ParameterError(str(error)) from error
 
 

@@ -102,7 +102,7 @@ def page(
 
 def training_section(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> dict[str, Any]:
     steps = [json.loads(line) for line in (cycle.training / METRICS).read_text().splitlines()]
-    values = {name: np.array([step[name] for step in steps]) for name in steps[0]}
+    values = {name: over_steps(steps, name) for name in {name: None for step in steps for name in step}}
     training = plan.recipe.training
     start = loss_at_start(record.loss, LossOptions.of(training))
     return {
@@ -111,6 +111,13 @@ def training_section(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> dict
         "drifted": record.metrics.get("winner_error_delta", 0.0) > WINNER_DRIFT,
         "winner_drift": WINNER_DRIFT,
     }
+
+
+def over_steps(steps: list[dict[str, float]], name: str) -> np.ndarray:
+    """A metric at each step, (steps,); between the steps that have it on a straight line."""
+    places, values = zip(*((place, step[name]) for place, step in enumerate(steps) if name in step), strict=True)
+    line: np.ndarray = np.interp(np.arange(len(steps)), places, values)
+    return line
 
 
 def picture_section(cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Trains on the sealed preference shards of a cycle."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from tasks.recipe import Recipe
 from tasks.settings import Section
 from tasks.workspace import Cycle
 from training.checkpoint import CheckpointRecord
+from training.launch import launch, process_count
 from training.models import ModelRef
+from training.outputs import write_outputs
 from training.plan import TrainingPlan
 from training.policy import Lora
 from training.shards import verify
-from training.trainer import train
 
 log = logging.getLogger(__name__)
 
@@ -46,19 +48,28 @@ def run_training(recipe: Recipe, plan: TrainingPlan) -> CheckpointRecord:
             advance(step - done, note)
             done = step
 
-        record = train(plan, on_step)
+        training, execution = recipe.training, recipe.execution
+        processes = process_count(execution.processes, execution.device, training.batch_size)
+        record = launch(plan, processes, on_step)
     log.info("trained: %s", {name: round(value, 5) for name, value in record.metrics.items()})
     return record
+
+
+@task(task_run_name="hand-over")
+def hand_over(cycle: Cycle) -> None:
+    """Write what others need to use the trained model: ComfyUI's keys, and the card with the verdicts."""
+    plan = read_plan(cycle)
+    write_outputs(cycle.training, training_plan(plan, cycle), cycle.preferences, json.loads(cycle.results.read_text()))
 
 
 def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
     """The trainer's plan of a cycle."""
     start = absolute(ModelRef.read(plan.start), cycle.folder.parent.parent)
-    return plan_training(plan.recipe, start, cycle.preferences, cycle.training, plan.cycle_seed)
+    return plan_training(plan.recipe, start, cycle.preferences, cycle.training, plan.cycle_seed, plan.code["rlaif"])
 
 
-def plan_training(recipe: Recipe, model: ModelRef, pairs: Path, output: Path, seed: int) -> TrainingPlan:
-    """The recipe's numbers, with paths filled in."""
+def plan_training(recipe: Recipe, model: ModelRef, pairs: Path, output: Path, seed: int, version: str) -> TrainingPlan:
+    """The recipe's numbers, with paths filled in. version: of this code."""
     training = recipe.training
     return TrainingPlan(
         model=model,
@@ -66,6 +77,7 @@ def plan_training(recipe: Recipe, model: ModelRef, pairs: Path, output: Path, se
         output=str(output),
         lora=Lora(training.lora_rank, training.lora_alpha, training.lora_targets, training.lora_dora),
         seed=seed,
+        version=version,
         batch_size=training.batch_size,
         **shared_fields(training),
         **shared_fields(recipe.execution),

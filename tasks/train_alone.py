@@ -2,14 +2,14 @@
 
 import json
 import logging
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 
 from tasks.check import check_device, check_training
-from tasks.plan import difference
+from tasks.plan import code_versions, difference
 from tasks.recipe import ParameterError, Recipe
 from tasks.train import plan_training, run_training
 from tasks.workspace import plain_name
@@ -17,8 +17,8 @@ from training.checkpoint import CheckpointRecord, weights_sha256
 from training.dataset import PreferencePairs
 from training.fitting import check_fit
 from training.models import ADAPTER_FILE, ModelError, ModelRef, family_for, model_digest
+from training.outputs import CARD, write_outputs
 from training.pairs import read_metadata
-from training.plan import TrainingPlan
 from training.shards import MANIFEST, ShardError, open_shard, read_manifest, write_json
 
 log = logging.getLogger(__name__)
@@ -161,13 +161,13 @@ def settle(output: Path, parameters: dict[str, Any]) -> None:
 
 @task(task_run_name="train-pairs")
 def train_pairs(recipe: Recipe, model: ModelRef, pairs: Path, output: Path) -> CheckpointRecord:
-    """Train into `output`; resumes at the last checkpoint, or returns what is finished."""
-    finished = CheckpointRecord.read(output)
-    if finished:
+    """Train into `output`; resumes at the last checkpoint, or returns what is finished. The model card comes last."""
+    record = CheckpointRecord.read(output)
+    if record and (output / CARD).is_file():
         log.info("%s: complete, kept", output)
-        return finished
-    plan: TrainingPlan = plan_training(recipe, model, pairs, output, recipe.seed)
+        return record
+    plan = plan_training(recipe, model, pairs, output, recipe.seed, code_versions()["rlaif"])
     plan.write(output / "plan.json")
-    record = run_training(recipe, plan)
-    log.info("trained: %s", asdict(record)["model"])
+    record = record or run_training(recipe, plan)
+    write_outputs(output, plan, pairs)
     return record

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class CheckpointRecord:
     """A finished training run. model: what to load. beta and kappa: see `training.losses.kappa_of`.
 
     sha256: see `weights_sha256`. pairs: trainable pairs. metrics: means over the last tenth of the run. loss: its name
-    in `training.loss_table.LOSSES`.
+    in `training.loss_table.LOSSES`. warnings: what `training.diagnostics.Watch` found on the way.
     """
 
     model: ModelRef
@@ -38,6 +38,7 @@ class CheckpointRecord:
     sha256: str
     metrics: dict[str, float]
     loss: str = "dpo"
+    warnings: list[str] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         write_json(folder / RECORD, asdict(self))

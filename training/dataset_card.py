@@ -6,6 +6,7 @@ Writes text from a manifest and the shards' metadata; reads no file.
 from collections.abc import Mapping
 from typing import Any
 
+from training.markdown import table, text
 from training.shards import Manifest
 
 COLUMNS = {
@@ -65,24 +66,25 @@ def dataset_card(manifest: Manifest, metadata: Mapping[str, Any]) -> str:
     sections = [
         f"---\n{_header(manifest)}\n---",
         "# Preference pairs of generated images",
-        f"{manifest.rows} pairs in {len(shards)} shards, sealed {manifest.created_at}. " + _origin(metadata),
-        _table(("fact", "value"), _facts(manifest, metadata)),
+        f"{manifest.rows} pairs in {len(shards)} shards, sealed {manifest.created_at}. " + origin(metadata),
+        table(("fact", "value"), _facts(manifest, metadata)),
         "## Scorers",
-        _table(("name", "version", "unit", "weights"), [_scorer(s) for s in metadata.get("scorers", [])]),
+        table(("name", "version", "unit", "weights"), [_scorer(s) for s in metadata.get("scorers", [])]),
         "## Label rule",
-        f"{_text(metadata.get('label_rule'))}. Train on rows with `has_label`, `are_different` and "
+        f"{text(metadata.get('label_rule'))}. Train on rows with `has_label`, `are_different` and "
         "a `label_0` other than 0.5. Scores are kept, so labels can be decided again.",
         "## Columns",
-        _table(("column", "type", "meaning"), [(f"`{k}`", *v) for k, v in COLUMNS.items()]),
+        table(("column", "type", "meaning"), [(f"`{k}`", *v) for k, v in COLUMNS.items()]),
         "## Loading",
         LOADING.replace("{file}", shards[0].file if shards else "00000-of-00001.arrow"),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _origin(metadata: Mapping[str, Any]) -> str:
+def origin(metadata: Mapping[str, Any]) -> str:
+    """Who says what is preferred."""
     if "imported" in metadata:
-        return "Preferences come from the source below, whoever labelled that; its terms apply."
+        return "Pictures and preferences were imported from the source below; its terms apply."
     return "Preferences come from models, not from people."
 
 
@@ -100,32 +102,13 @@ def _facts(manifest: Manifest, metadata: Mapping[str, Any]) -> list[tuple[str, s
     keys = ("base_model", "adapter_sha256", "generation", "latent", "embedding", "prompts", "code")
     facts = [("data set id", manifest.dataset_id), ("schema version", manifest.schema_version)]
     facts.append(("config hash", manifest.config_hash))
-    facts += [(key, _text(metadata[key])) for key in ("imported", "counts") if key in metadata]
-    return facts + [(key.replace("_", " "), _text(metadata.get(key))) for key in keys]
+    facts += [(key, text(metadata[key])) for key in ("imported", "counts") if key in metadata]
+    return facts + [(key.replace("_", " "), text(metadata.get(key))) for key in keys]
 
 
 def _scorer(scorer: str | Mapping[str, Any]) -> tuple[str, str, str, str]:
     known = {"name": scorer} if isinstance(scorer, str) else scorer
     shown = ("name", "version", "unit")
     rest = {key: value for key, value in known.items() if key not in shown}
-    name, version, unit = (_text(known.get(key)) for key in shown)
-    return name, version, unit, _text(rest or None)
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return "not recorded"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_text(child)}" for key, child in value.items())
-    if isinstance(value, list | tuple):
-        return " / ".join(_text(child) for child in value)
-    return str(value)
-
-
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+    name, version, unit = (text(known.get(key)) for key in shown)
+    return name, version, unit, text(rest or None)

@@ -96,7 +96,7 @@ class Ema:
 
     def __init__(self, parameters: "Mapping[str, torch.Tensor]", decay: float) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"training.ema_decay={decay}: must be in [0, 1); 0.999 averages about a thousand steps")
+            raise ValueError(f"training.ema={decay}: must be in [0, 1); 0.999 averages about a thousand steps")
         self.decay, self.updates = decay, 0
         self._average = {name: tensor.detach().float().clone() for name, tensor in parameters.items()}
 

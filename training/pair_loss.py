@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from training.dataset import PairBatch
+from training.diagnostics import by_quartile, reference_errors
 from training.family import Conditions, Family, PromptEmbeddings
 from training.loss_table import LOSSES, LossOptions, preference_loss
 from training.losses import LossOutput, PairErrors, PairLabels, kappa_of, residual_alignment, squared_error
@@ -14,6 +15,8 @@ from training.noise import NoiseProcess, draw, generator_of
 from training.plan import TrainingPlan
 from training.policy import Policy
 from training.reference_errors import ReferenceErrors
+
+BY_QUARTILE = ("winner_error_delta", "loser_error_delta", "margin")
 
 
 @dataclass
@@ -69,7 +72,7 @@ class PairLoss:
     def __call__(self, batch: PairBatch) -> LossOutput:
         """Per-pair losses and metrics, (pairs,) each."""
         sides = 2 if self.needs.loser else 1
-        numbers = [epoch % self.plan.noise_draws if self.plan.noise_draws else epoch for _, epoch in batch.draws]
+        numbers = [self._number(epoch) for _, epoch in batch.draws]
         inputs = self._inputs(batch, numbers, sides)
         errors: dict[str, torch.Tensor] = {}
         if self.needs.reference:  # first, so that no policy graph is held meanwhile
@@ -81,7 +84,12 @@ class PairLoss:
         labels = PairLabels(batch.soft_label.to(self.device), batch.margin.to(self.device))
         found, options = PairErrors(**errors), LossOptions.of(self.plan)
         loss, metrics = preference_loss(self.plan.loss, found, kappa_of(self.plan.beta), options, labels)
-        return LossOutput(loss, metrics)
+        metrics |= reference_errors(found)
+        return LossOutput(loss, metrics | by_quartile(inputs.level[: len(loss)], metrics, BY_QUARTILE))
+
+    def _number(self, epoch: int) -> int:
+        """Of the draw. Negative epochs are those of held-out pairs, which are looked at with draws of their own."""
+        return epoch % self.plan.noise_draws if self.plan.noise_draws and epoch >= 0 else epoch
 
     def _inputs(self, batch: PairBatch, numbers: list[int], sides: int) -> _Inputs:
         images = [batch.winner, batch.loser][:sides]
@@ -101,7 +109,7 @@ class PairLoss:
 
     def _prompts(self, prompts: PromptEmbeddings, draws: list[tuple[str, int]]) -> PromptEmbeddings:
         """A share of draws sees the empty prompt; both sides of a pair see the same."""
-        if not self.plan.prompt_dropout or self.empty is None:
+        if self.empty is None or _held_out(draws):
             return prompts
         keys = [generator_of(f"{self.plan.seed}:prompt:{pair}:{number}") for pair, number in draws]
         dropped = torch.stack([torch.rand((), generator=key) for key in keys]) < self.plan.prompt_dropout
@@ -125,7 +133,7 @@ class PairLoss:
 
     def _reference_errors(self, inputs: _Inputs, batch: PairBatch, numbers: list[int], sides: int) -> torch.Tensor:
         """(sides, pairs); from what is kept where it is."""
-        if self.kept is None:
+        if self.kept is None or _held_out(batch.draws):
             return self._reference(inputs).view(sides, -1)
         errors = self.kept.get(batch.indices, numbers, sides)
         missing = errors.isnan().any(0)
@@ -150,6 +158,10 @@ class PairLoss:
     def _predict(self, network: torch.nn.Module, inputs: _Inputs) -> torch.Tensor:
         with self.autocast():
             return self.family.predict(network, inputs.noisy, inputs.times, inputs.conditions)
+
+
+def _held_out(draws: list[tuple[str, int]]) -> bool:
+    return draws[0][1] < 0
 
 
 def known(value: torch.Tensor | None) -> torch.Tensor:

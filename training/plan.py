@@ -33,7 +33,7 @@ class TrainingPlan:
 
     checkpoint_every: steps between resumable checkpoints. dtype: of frozen weights. mixed_precision: "no",
     "fp16" or "bf16". offload_reference: the frozen copy of a full training waits in main memory. trackers: by
-    accelerate's names.
+    accelerate's names. version: of this code, for the record.
     """
 
     model: ModelRef
@@ -77,6 +77,7 @@ class TrainingPlan:
     compile: bool = False
     offload_reference: bool = False
     trackers: list[str] = field(default_factory=list)
+    version: str = "unknown"
 
     def write(self, path: Path) -> None:
         """As JSON, for `accelerate launch -m training`."""

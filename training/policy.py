@@ -156,10 +156,11 @@ class LoraPolicy:
     def export(self, folder: Path) -> Path:
         """Write the adapter as the pipeline's `load_lora_weights` reads it; returns the weights file."""
         import diffusers
-        from diffusers.utils import convert_state_dict_to_diffusers
         from peft import get_peft_model_state_dict
 
-        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.network, adapter_name=POLICY))
+        # PEFT's names throughout: `convert_state_dict_to_diffusers` renames attention layers alone, and a file of
+        # which the first layer is named otherwise loads without them, with a warning.
+        state = get_peft_model_state_dict(self.network, adapter_name=POLICY)
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         config = self.network.peft_config[POLICY].to_dict()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

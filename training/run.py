@@ -10,14 +10,17 @@ import torch
 
 from training.checkpoint import CheckpointRecord, Tensors, load_state, publish_folder, save_state, weights_sha256
 from training.dataset import PairBatch, PreferencePairs, positions_of_step
+from training.diagnostics import Watch
 from training.family import PromptEmbeddings, TimeSampling, picture_scale, whole_picture
 from training.loss_table import LossOptions, check_options
 from training.losses import LossOutput, kappa_of
 from training.models import ModelRef, embed_negative, resolve_device
+from training.optimizers import Ema, learning_rate, make_optimizer
 from training.pair_loss import PairLoss
 from training.plan import TrainingPlan
 from training.policy import FullPolicy, LoraPolicy, Policy
 from training.reference_errors import ReferenceErrors
+from training.safetensors_file import add_metadata, training_metadata
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 FROZEN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision of frozen weights under each autocast precision, unless the plan names one: a float16 network without
 autocast would be trained without loss scaling."""
+HELDOUT_DRAWS = 4
 Metrics = dict[str, float]
 
 
@@ -51,9 +55,10 @@ class Run:
         self.optimizer: torch.optim.Optimizer
         # Fused kernels skip an overflowed float16 step inside, where nobody learns of it.
         fused = plan.mixed_precision != "fp16"
-        optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=fused
+        optimizer = make_optimizer(
+            plan.optimizer, self.policy.parameters(), plan.learning_rate, plan.weight_decay, fused
         )
+        self.ema = Ema(self.policy.weights(), plan.ema) if plan.ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.policy.network, optimizer)
         self.kept = ReferenceErrors(len(self.pairs), plan.noise_draws) if plan.noise_draws else None
         self.loss = self._loss()
@@ -81,6 +86,9 @@ class Run:
             self.policy.load_reference(state.tensors["reference"])
         if self.kept is not None:
             self.kept.values = state.tensors["reference_errors"]["values"]
+        averaged = state.optimizer.pop("ema", None)
+        if self.ema is not None:
+            self.ema.load(averaged)
         scaler = state.optimizer.pop("scaler", None)
         if scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
@@ -92,6 +100,7 @@ class Run:
         if self.first_process:
             scaler = self.accelerator.scaler
             optimizer = self.optimizer.state_dict() | ({"scaler": scaler.state_dict()} if scaler is not None else {})
+            optimizer |= {"ema": self.ema.state()} if self.ema is not None else {}
             tensors: dict[str, Tensors] = {"weights": self.policy.weights()}
             if self.plan.refresh_reference:
                 tensors["reference"] = self.policy.reference_weights()
@@ -105,7 +114,7 @@ class Run:
         plan, started = self.plan, time.perf_counter()
         if plan.refresh_reference and step and step % plan.refresh_reference == 0:
             self._refresh_reference()
-        rate = learning_rate(plan, step)
+        rate = learning_rate(plan.schedule, step, plan.steps, plan.warmup_steps, plan.learning_rate)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         batches = self._batches(step)
@@ -126,6 +135,10 @@ class Run:
             "skipped"
         ]:  # a step that float16 overflow skipped changed nothing; its infinite norm is no divergence
             metrics["grad_norm"] = 0.0
+        elif self.ema is not None:
+            self.ema.update(self.policy.weights())
+        if self.pairs.heldout and ((step + 1) % plan.heldout_every == 0 or step + 1 == plan.steps):
+            metrics |= self.look_at_heldout()
         pace = plan.batch_size / (time.perf_counter() - started)
         return {"step": step + 1, **metrics, "learning_rate": rate, "pairs_per_second": pace}
 
@@ -142,7 +155,18 @@ class Run:
         if self.kept is not None:
             self.kept.clear()
 
-    def _means(self, outputs: list[LossOutput], norm: torch.Tensor) -> Metrics:
+    @torch.no_grad()
+    def look_at_heldout(self) -> Metrics:
+        """The metrics of the held-out pairs, each with HELDOUT_DRAWS draws that are always the same."""
+        first, count = len(self.pairs), self.pairs.heldout
+        places = [(-1 - number, first + index) for index in range(count) for number in range(HELDOUT_DRAWS)]
+        # A process without a share of its own would leave the others waiting.
+        own = places[self.accelerator.process_index :: self.accelerator.num_processes] or places[:1]
+        size = self.plan.micro_batch_size
+        outputs = [self.loss(self.pairs.read(own[start : start + size])) for start in range(0, len(own), size)]
+        return {f"heldout_{name}": value for name, value in self._means(outputs).items() if "_q" not in name}
+
+    def _means(self, outputs: list[LossOutput], norm: torch.Tensor | None = None) -> Metrics:
         """Means over the pairs of all processes, and the gradient's norm, in one transfer from the device.
 
         A metric that is NaN for a pair does not concern it; a loss that is NaN is the news.
@@ -156,30 +180,48 @@ class Run:
         sums = torch.stack([values.where(concerned, 0.0).sum(1), concerned.double().sum(1)])
         if self.accelerator.num_processes > 1:
             sums = self.accelerator.reduce(sums, "sum")
-        *flat, last = torch.cat([sums.flatten(), torch.as_tensor(norm, device=sums.device).view(1).double()]).tolist()
-        totals, counts = flat[: len(names)], flat[len(names) :]
-        means = {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
-        return means | {"grad_norm": last}
+        if norm is not None:
+            names, sums = (
+                [*names, "grad_norm"],
+                torch.cat([sums, torch.stack([norm, torch.ones_like(norm)])[:, None]], 1),
+            )
+        totals, counts = sums.tolist()
+        return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
 
     def finish(self, output: Path, history: list[Metrics]) -> CheckpointRecord:
         """Export the trained weights, then the record that says the run is complete."""
-        plan, family = self.plan, self.policy.family
-        kind = "adapter" if plan.method == "lora" else family.network
-        publish_folder(output / kind, lambda folder: void(self.policy.export(folder)))
+        if self.first_process:
+            self._publish(output, history)
+        self.accelerator.wait_for_everyone()
+        record = CheckpointRecord.read(output)
+        if record is None:
+            raise FileNotFoundError(f"{output}: the first process has not finished")
+        return record
+
+    def _export(self, folder: Path) -> None:
+        """The weights, with what they are in the file's own header."""
+        plan, file = self.plan, self.policy.export(folder)
+        if plan.method == "lora":  # a whole network is several files, and large
+            told = training_metadata(
+                model=plan.model, loss=plan.loss, beta=plan.beta, kappa=kappa_of(plan.beta), steps=plan.steps,
+                pairs=Path(plan.pairs), version=plan.version,
+            )  # fmt: skip
+            add_metadata(file, told)
+
+    def _publish(self, output: Path, history: list[Metrics]) -> None:
+        plan = self.plan
+        kind = "adapter" if plan.method == "lora" else self.policy.family.network
+        with self.ema.applied(self.policy.weights()) if self.ema is not None else nullcontext():
+            publish_folder(output / kind, self._export)
         weights = next((output / kind).glob("*.safetensors"))
         model = ModelRef(plan.model.base, plan.model.revision, plan.model.network, str(output / kind))
         if plan.method == "full":
             model = ModelRef(plan.model.base, plan.model.revision, str(output / kind), None)
         record = CheckpointRecord(
             model, plan.method, plan.steps, len(self.pairs), plan.beta, kappa_of(plan.beta),
-            weights_sha256(weights), final_metrics(history), plan.loss,
+            weights_sha256(weights), final_metrics(history), plan.loss, warnings_of(plan, history),
         )  # fmt: skip
         record.write(output)
-        return record
-
-
-def void(_: object) -> None:
-    """Drop a value where a callback must return nothing."""
 
 
 def _pairs(plan: TrainingPlan) -> PreferencePairs:
@@ -211,11 +253,16 @@ def _policy(plan: TrainingPlan, device: str) -> Policy:
     return LoraPolicy(plan.model, plan.lora, device, frozen, plan.seed, bool(plan.refresh_reference))
 
 
-def learning_rate(plan: TrainingPlan, step: int) -> float:
-    """Linear warm-up to `learning_rate` over `warmup_steps`, then constant. step counts from 0."""
-    if step >= plan.warmup_steps:
-        return plan.learning_rate
-    return plan.learning_rate * (step + 1) / plan.warmup_steps
+def watch_of(plan: TrainingPlan) -> Watch:
+    """What judges the run while it goes on."""
+    named = ("learning_rate", "beta", "loss", "steps", "max_grad_norm")
+    return Watch({name: getattr(plan, name) for name in named})
+
+
+def warnings_of(plan: TrainingPlan, history: list[Metrics]) -> list[str]:
+    """All that was warned of in a run: a function of its metrics, however often it was interrupted."""
+    watch = watch_of(plan)
+    return [warning for metrics in history for warning in watch.observe(metrics)]
 
 
 def final_metrics(history: list[Metrics]) -> Metrics:

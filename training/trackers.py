@@ -23,12 +23,12 @@ def check_trackers(names: Sequence[str]) -> None:
     """Raises ValueError for a tracker that is not known, named twice or not installed. Loads none of them."""
     for name in names:
         if name not in TRACKERS:
-            raise ValueError(f"training.trackers: {name!r} is unknown; there are {', '.join(TRACKERS)}; [] is none")
+            raise ValueError(f"execution.trackers: {name!r} is unknown; there are {', '.join(TRACKERS)}; [] is none")
         if list(names).count(name) > 1:
-            raise ValueError(f"training.trackers: {name!r} is named twice")
+            raise ValueError(f"execution.trackers: {name!r} is named twice")
         if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f"training.trackers: {name!r} needs a package that is not installed: `pip install {TRACKERS[name]}`, "
+                f"execution.trackers: {name!r} needs a package that is not installed: `pip install {TRACKERS[name]}`, "
                 "or leave it out; every metric is in metrics.jsonl too"
             )
 

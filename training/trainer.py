@@ -1,23 +1,24 @@
 """Training on preference shards: the loop, its checkpoints and its metrics. In one process or in several."""
 
 import json
-import math
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 
 from training.checkpoint import CheckpointRecord
+from training.diagnostics import TrainingDiverged
 from training.plan import TrainingPlan
-from training.run import Metrics, Run
+from training.run import Metrics, Run, watch_of
 from training.shards import write_text
+from training.trackers import tracking
 
+logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 MAX_SKIPPED = 20
 """A float16 gradient may overflow while the loss scale is being found; so many in a row mean that it never fits."""
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient stopped being a number; the last good checkpoint is kept."""
 
 
 def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda step, metrics: None) -> CheckpointRecord:
@@ -25,7 +26,7 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
 
     on_step(steps done, metrics) is called after every optimizer step, in the first process.
     Raises ShardError for unusable pairs, ValueError for options that the loss does not take, and TrainingDiverged when
-    the loss is no longer finite.
+    `training.diagnostics.Watch` says so; the checkpoints from before are kept.
     """
     output = Path(plan.output)
     finished = CheckpointRecord.read(output)
@@ -35,15 +36,18 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
     run, history = Run(plan), _read_metrics(output)
     first = run.resume(output, len(history))
     history = history[:first]  # the steps after the checkpoint are done, and written, again
-    with _Log(output / METRICS, history, run.first_process) as log:
+    watch = watch_of(plan)
+    watch.replay(history)
+    with _Log(output / METRICS, history, run.first_process) as log, _tracking(plan, first) as track:
         for step in range(first, plan.steps):
             metrics = run.step(step)
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-                raise TrainingDiverged(_diverged(step, metrics, plan))
+            for warning in watch.observe(metrics):
+                logger.warning(warning)
             if all(m["skipped"] for m in [*history[1 - MAX_SKIPPED :], metrics]) and step + 1 >= MAX_SKIPPED:
                 raise TrainingDiverged(_overflowing(step))
             history.append(metrics)
             log.write(metrics)
+            track(step + 1, metrics)
             if run.first_process:
                 on_step(step + 1, metrics)
             if (step + 1) % plan.checkpoint_every == 0:
@@ -52,12 +56,9 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
     return run.finish(output, history)
 
 
-def _diverged(step: int, metrics: Metrics, plan: TrainingPlan) -> str:
-    return (
-        f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}. The checkpoints in "
-        f"{plan.output} are from before. Lower training.learning_rate (now {plan.learning_rate}) or raise "
-        f"training.beta (now {plan.beta})."
-    )
+def _tracking(plan: TrainingPlan, first: int) -> AbstractContextManager[Callable[[int, Mapping[str, float]], None]]:
+    output = Path(plan.output)
+    return tracking(plan.trackers, output, output.parent.name, asdict(plan), first)
 
 
 def _overflowing(step: int) -> str:

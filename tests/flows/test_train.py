@@ -72,6 +72,7 @@ def test_sealed_pairs_are_trained_on(trained: Path, tiny_preset: Path, pairs: Pa
     again = TrainingPlan.read(trained / "plan.json")
     assert again.pairs == str(pairs) and again.seed == 3 and again.output == str(trained)
     load_pipeline(record.model)
+    assert "Preferences come from models" in (trained / "README.md").read_text()
 
 
 def test_the_same_parameters_change_nothing_and_others_are_refused(
@@ -147,6 +148,8 @@ def test_human_data_are_imported_once_and_trained_on(tiny_preset: Path, tmp_path
     fewer = run(tiny_preset, tmp_path, source, name="c", training={"steps": 2}, max_pairs=4, generation={"height": 64})
     record = CheckpointRecord.read(fewer)
     assert record is not None and record.pairs == 4 and len(list((tmp_path / "imports").iterdir())) == 2
+    card = (first / "README.md").read_text()
+    assert "imported from the source below" in card and "humans.parquet" in card and "from models" not in card
     with pytest.raises(ParameterError, match=r"other parameters \(pairs: '\w+' -> '\w+'\)"):
         run(tiny_preset, tmp_path, source, name="a", training={"steps": 2}, max_pairs=4)
 

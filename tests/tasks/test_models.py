@@ -4,13 +4,14 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tasks import models
 from tests.training.worlds import make_plan
-from training import trainer
+from training import run, trainer
 from training.models import ModelRef
 
 
@@ -68,8 +69,13 @@ def test_a_trained_network_is_gone_after_a_collection(
 ) -> None:
     """Under bf16 accelerate ties the network to itself, so that nothing else frees it."""
     seen: list[weakref.ref[torch.nn.Module]] = []
-    save = trainer._Run.save
-    monkeypatch.setattr(trainer._Run, "save", lambda run, *rest: (seen.append(weakref.ref(run.unet)), save(run, *rest)))
+    save = run.Run.save
+
+    def spy(running: run.Run, *rest: Any) -> None:
+        seen.append(weakref.ref(running.network))
+        save(running, *rest)
+
+    monkeypatch.setattr(run.Run, "save", spy)
     trainer.train(make_plan(tmp_path, steps=2, mixed_precision=precision))
     models.collect()
     assert seen and all(network() is None for network in seen)

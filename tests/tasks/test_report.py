@@ -35,6 +35,7 @@ from tasks.report import ARTIFACT_PAIRS, pictures_markdown, snippet, write_repor
 from tasks.settings import Evaluation, Execution, Generation
 from tasks.workspace import Cycle, Experiment, Part
 from training.checkpoint import CheckpointRecord
+from training.family import PromptEmbeddings
 from training.models import ModelRef
 from training.pairs import candidate_schema, prompt_id, score_schema
 from training.run import final_metrics
@@ -77,7 +78,7 @@ def draw_part(cycle: Cycle, part: Part, better: float, side: int) -> None:
         schema = candidate_schema(4, {"latent": {"shape": [4, 1, 1]}, **generation_metadata(plan)})
         write_shard(target.candidates(index), table.cast(schema), schema)
         if part == "training":
-            write_embeddings(cycle, plan, index, prompts, torch.zeros(len(prompts), 2, 3))
+            write_embeddings(cycle, plan, index, prompts, PromptEmbeddings(torch.zeros(len(prompts), 2, 3)))
         for scorer in plan.scorer_names(part):
             rng = np.random.default_rng([index, len(scorer), len(part)])
             values = rng.normal(better, 0.1, len(seeds))
@@ -297,6 +298,23 @@ def test_a_loss_shows_the_curves_it_has(tmp_path: Path, loss: str, kept: list[st
     assert re.findall(r"<figcaption><b>(.*?)</b>", page) == [*panels, "Gradient norm"]
 
 
+def test_warnings_of_the_training_and_what_only_some_steps_measured_are_shown(tmp_path: Path) -> None:
+    experiment, cycle = finished_cycle(tmp_path)
+    history = [json.loads(line) for line in (cycle.training / METRICS).read_text().splitlines()]
+    for number, step in enumerate(history):
+        step |= {f"winner_error_delta_q{1 + number % 4}": 0.01 * number}
+        step |= {"heldout_implicit_accuracy": 0.625} if number % 20 == 19 else {}
+    (cycle.training / METRICS).write_text("".join(json.dumps(step) + "\n" for step in history))
+    record = CheckpointRecord.read(cycle.training)
+    assert record is not None
+    told = ["step 90: the winners' error is 52% above the reference's"]
+    dataclasses.replace(record, warnings=told, metrics=final_metrics(history)).write(cycle.training)
+    page = written(experiment, cycle)
+    assert html.escape(told[0], quote=True).replace("&#x27;", "&#39;") in page
+    assert "Winner&#39;s error above the reference, by noise" in page and page.count('class="mean series-4"') == 1
+    assert "held-out pairs" in page and "<b>0.625</b>" in page
+
+
 def test_labels_agree_fully_with_the_scorer_that_gave_them(finished: tuple[Experiment, Cycle, str]) -> None:
     text = words(finished[2])
     pairs = json.loads((finished[1].preferences / "manifest.json").read_text())["splits"]["train"]["rows"]
@@ -409,7 +427,8 @@ def test_a_fully_tuned_unet_is_loaded_as_such(finished: tuple[Experiment, Cycle,
     _, cycle, _ = finished
     record = CheckpointRecord.read(cycle.training)
     assert record is not None
-    lines = snippet(cycle, read_plan(cycle), dataclasses.replace(record, method="full")).splitlines()
+    full = dataclasses.replace(record, method="full", model=ModelRef("base", network=str(cycle.training / "unet")))
+    lines = snippet(cycle, read_plan(cycle), full).splitlines()
     assert lines == [
         "from diffusers import DiffusionPipeline, UNet2DConditionModel",
         f"unet = UNet2DConditionModel.from_pretrained('{cycle.training / 'unet'}')",

@@ -43,7 +43,7 @@ def errors_in(run: Run, monkeypatch: pytest.MonkeyPatch) -> PairErrors:
         return preference_loss(name, errors, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.trainer.preference_loss", spy)
+        patch.setattr("training.pair_loss.preference_loss", spy)
         run.loss(run.pairs.read(ALL))
     return captured[0]
 

@@ -217,5 +217,5 @@ def test_tensors_of_other_names_are_refused() -> None:
     ema = Ema({"w": torch.ones(1)}, 0.5)
     with pytest.raises(ValueError, match=r"other tensors than these: \['v', 'w'\]"):
         ema.update({"v": torch.ones(1)})
-    with pytest.raises(ValueError, match=r"training\.ema_decay=1\.0: must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"training\.ema=1\.0: must be in \[0, 1\)"):
         Ema({}, 1.0)

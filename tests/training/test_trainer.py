@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from tests.training.worlds import make_plan
 from training.checkpoint import CheckpointRecord, checkpoints
 from training.dataset import PreferencePairs, positions_of_step
+from training.diagnostics import TrainingDiverged
 from training.loss_table import preference_loss
 from training.losses import LossOutput, PairErrors
-from training.models import ADAPTER_FILE, ModelError, ModelRef, load_pipeline
+from training.models import ADAPTER_FILE, ModelError, ModelRef, fuse_adapter, load_network, load_pipeline
 from training.plan import TrainingPlan
 from training.policy import FullPolicy, Lora, LoraPolicy
 from training.run import Run
 from training.shards import ShardError
-from training.trainer import TrainingDiverged, train
+from training.trainer import train
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,22 @@ def test_the_adapter_loads_in_plain_diffusers_and_changes_the_picture(world: Pat
     generator = torch.Generator().manual_seed(0)
     fused = np.asarray(ours("a thing", num_inference_steps=2, generator=generator, output_type="np").images[0])
     np.testing.assert_allclose(fused, after, atol=2e-5)  # alpha 8 at rank 4: the scale of 2 came along
+
+
+def test_the_adapter_comes_back_whole_whatever_it_was_trained_on(world: Path, tmp_path: Path) -> None:
+    """Attention and other layers together: diffusers must find every one of them in the file again."""
+    targets = ["to_q", "to_out.0", "proj_in", "ff.net.2", "conv1", "conv2"]
+    policy = LoraPolicy(ModelRef(str(world / "base")), Lora(4, 8.0, targets), "cpu", "auto", 0)
+    torch.manual_seed(1)
+    for tensor in policy.weights().values():
+        tensor.copy_(torch.randn_like(tensor) * 0.1)
+    policy.export(tmp_path)
+    loaded = load_network(ModelRef(str(world / "base")))
+    fuse_adapter(loaded, str(tmp_path), "unet")
+    inputs = (torch.ones(1, 4, 8, 8), 5, torch.ones(1, 77, 16))
+    with torch.no_grad():
+        wanted, found = (unet.eval()(*inputs).sample for unet in (policy.network, loaded))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_training_from_a_champion_starts_at_it_and_keeps_it_as_reference(world: Path, tmp_path: Path) -> None:
@@ -273,7 +290,7 @@ def test_winner_and_loser_share_noise_and_timestep(
         captured.append(errors)
         return preference_loss(name, errors, *rest)
 
-    monkeypatch.setattr("training.trainer.preference_loss", spy)
+    monkeypatch.setattr("training.pair_loss.preference_loss", spy)
     run.loss(same)
     errors = captured[0]
     torch.testing.assert_close(errors.policy_winner, errors.policy_loser, rtol=1e-6, atol=0)
