@@ -138,20 +138,17 @@ def test_an_earlier_training_is_where_it_starts_and_its_reference(
 
 def test_human_data_are_imported_once_and_trained_on(tiny_preset: Path, tmp_path: Path) -> None:
     source = save(tmp_path / "humans.parquet", [row(index) for index in range(10)])
-    first = run(tiny_preset, tmp_path, source, name="a", training={"steps": 2})
+    first = run(tiny_preset, tmp_path, source, name="a", training={"steps": 1})
     imported = next((tmp_path / "imports").iterdir())
     before = stamps(imported)
-    second = run(tiny_preset, tmp_path, source, name="b", training={"steps": 2, "beta": 100})
+    second = run(tiny_preset, tmp_path, source, name="b", training={"steps": 1, "beta": 100})
     assert stamps(imported) == before and read_manifest(imported).rows == 10
     records = [CheckpointRecord.read(folder) for folder in (first, second)]
     assert [record and record.pairs for record in records] == [10, 10]
-    fewer = run(tiny_preset, tmp_path, source, name="c", training={"steps": 2}, max_pairs=4, generation={"height": 64})
-    record = CheckpointRecord.read(fewer)
-    assert record is not None and record.pairs == 4 and len(list((tmp_path / "imports").iterdir())) == 2
     card = (first / "README.md").read_text()
     assert "imported from the source below" in card and "humans.parquet" in card and "from models" not in card
     with pytest.raises(ParameterError, match=r"other parameters \(pairs: '\w+' -> '\w+'\)"):
-        run(tiny_preset, tmp_path, source, name="a", training={"steps": 2}, max_pairs=4)
+        run(tiny_preset, tmp_path, source, name="a", training={"steps": 1}, max_pairs=4)
 
 
 def test_sdxl_is_told_each_pictures_own_size_and_crop(
