@@ -82,8 +82,7 @@ def full_cycle(
     recipe = resolve(preset, seed, flat, sections)
     where = experiment_at(workspace, experiment)
     check(recipe, where.folder)
-    where.folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(where), silent_stages():
+    with exclusive(where.folder), silent_stages():
         return run_cycles(where, recipe, cycles)
 
 
@@ -96,13 +95,15 @@ def silent_stages() -> AbstractContextManager[object]:
 
 
 @contextmanager
-def exclusive(experiment: Experiment) -> Iterator[None]:
-    """One run at a time in an experiment: the lock goes with the process, however it ends."""
-    lock = FileLock(experiment.lock)
+def exclusive(folder: Path) -> Iterator[None]:
+    """One run at a time in a folder, an experiment's or a training's: the lock goes with the process, however it
+    ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.warning("another run works in %s; waiting for it to end", experiment.folder)
+        log.warning("another run works in %s; waiting for it to end", folder)
         lock.acquire()
     try:
         yield

@@ -70,7 +70,7 @@ def _relabel(cycle: Cycle, scorer: str, preset: str, pairing: Pairing, execution
     names = check_expression("scorer", scorer, plan.sources())
     check_trusted(names, plan, read_preset(preset))
     complete = Execution(**{**plan.recipe.execution.model_dump(), **execution.given()})
-    with exclusive(experiment):
+    with exclusive(experiment.folder):
         for name in names:
             for index in range(plan.shards("training")):
                 score_shard(cycle, "training", name, index, complete)

@@ -64,7 +64,7 @@ def pair(cycle: Path) -> int:
     return pairs
 
 
-@flow(name="train", flow_run_name="train")
+@flow(name="train-cycle", flow_run_name="train")
 def train(cycle: Path) -> CheckpointRecord:
     """Train on the cycle's preference shards.
 

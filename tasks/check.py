@@ -28,8 +28,9 @@ def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
     except ModelError as error:
         raise ParameterError(str(error)) from error
     _check_scheduler(recipe)
-    _check_device(recipe.execution.device)
+    check_device(recipe.execution.device)
     check_training(recipe)
+    _check_soft_labels(recipe)
     _check_disk(recipe, workspace, min(len(pools[0]), recipe.generation.prompts_per_cycle))
     return pools
 
@@ -138,7 +139,7 @@ def _check_execution(recipe: Recipe, device: str) -> None:
 
 
 def _check_loss(recipe: Recipe) -> None:
-    """Options that the loss would ignore, and soft labels that no scorer can give."""
+    """Options that the loss would ignore or that contradict one another."""
     from training.loss_table import LossOptions, check_options  # torch is not needed to import this module
 
     training = recipe.training
@@ -146,7 +147,11 @@ def _check_loss(recipe: Recipe) -> None:
         check_options(training.loss, LossOptions.of(training))
     except ValueError as error:
         raise ParameterError(str(error)) from error
-    if not training.soft_labels:
+
+
+def _check_soft_labels(recipe: Recipe) -> None:
+    """Soft labels that no scorer can give."""
+    if not recipe.training.soft_labels:
         return
     named = leaves(parse(recipe.scorer, known_scorers(recipe.sources())))
     if unknown := [name for name in named if _info(name, recipe).preference_scale is None]:
@@ -156,7 +161,7 @@ def _check_loss(recipe: Recipe) -> None:
         )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     import torch
 
     try:

@@ -110,7 +110,7 @@ def begin_run(experiment: Experiment, recipe: Recipe, cycles: int) -> tuple[Path
         if run.recipe == recipe and len(run.cycles) == cycles:
             log.info("resuming %s: cycles %s", path, run.cycles)
             return path, run
-        changes = _difference(run.recipe, recipe)
+        changes = difference(run.recipe.model_dump(), recipe.model_dump()) or "another number of cycles"
         log.warning("%s is unfinished, with other parameters (%s); it is left as it is", path, changes)
     first = experiment.last_cycle() + 1
     run = Run(recipe=recipe, cycles=list(range(first, first + cycles)))
@@ -128,10 +128,11 @@ def _read_run(path: Path) -> Run | None:
         return None
 
 
-def _difference(old: Recipe, new: Recipe) -> str:
-    a, b = _flat(old.model_dump()), _flat(new.model_dump())
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What changed between two sets of parameters, 'section.name: old -> new; ...'; empty when nothing did."""
+    a, b = _flat(old), _flat(new)
     changed = [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
-    return "; ".join(changed) or "another number of cycles"
+    return "; ".join(changed)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

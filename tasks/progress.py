@@ -86,7 +86,7 @@ class _Reporter:
     def _tell(self, note: str) -> None:
         pace = self.done / (time.monotonic() - self.started)
         log.info("%s: %d/%d %s (%.1f/s) %s", self.description, self.done, self.total, self.unit, pace, note)
-        self._update(100.0 * self.done / self.total)
+        self._update(min(100.0, 100.0 * self.done / self.total))  # a total may be a guess
 
     def close(self) -> None:
         self._update(100.0)

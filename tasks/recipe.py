@@ -69,15 +69,47 @@ def preset_names() -> list[str]:
 
 
 def read_preset(preset: str) -> dict[str, Any]:
-    """A recipe by name, or any TOML file by path. Raises ParameterError listing the names there are."""
-    path = Path(preset) if preset.endswith(".toml") else RECIPES / f"{preset}.toml"
+    """A recipe by name, or any TOML file by path, on top of the one that it `extends`, if it does.
+
+    Raises ParameterError listing the names there are, or when recipes extend one another in a circle.
+    """
+    path = _recipe_file(preset)
+    values, seen = _read_toml(preset, path), [path]
+    while "extends" in values:
+        name = str(values.pop("extends"))
+        path = _recipe_file(name, beside=path.parent)
+        if path in seen:
+            chain = " -> ".join(file.stem for file in [*seen, path])
+            raise ParameterError(f"preset={preset!r}: recipes extend one another in a circle ({chain}); break it")
+        seen.append(path)
+        values = _merged(_read_toml(name, path), values)
+    return values
+
+
+def _recipe_file(preset: str, beside: Path = Path()) -> Path:
+    """Where a recipe lies; beside: the folder that a path is relative to."""
+    path = beside / Path(preset).expanduser() if preset.endswith(".toml") else RECIPES / f"{preset}.toml"
     if not path.is_file():
         names = ", ".join(preset_names())
         raise ParameterError(f"preset={preset!r}: no such recipe; there are {names}, or give the path of a .toml")
+    return path.resolve()
+
+
+def _read_toml(preset: str, path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ParameterError(f"preset={preset!r}: {path} is not valid TOML: {error}") from error
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Section by section, field by field. A field that is a table itself is one value and is replaced as a whole:
+    a scheduler's options and where a scorer comes from mean nothing under another one's name."""
+    merged = {**below, **above}
+    for name in below.keys() & above.keys():
+        if isinstance(below[name], dict) and isinstance(above[name], dict):
+            merged[name] = {**below[name], **above[name]}
+    return merged
 
 
 def resolve(preset: str, seed: int, flat: dict[str, Any], sections: dict[str, Section]) -> Recipe:

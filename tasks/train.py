@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from prefect import task
@@ -9,6 +10,7 @@ from prefect import task
 from tasks.models import absolute
 from tasks.plan import Plan, read_plan
 from tasks.progress import progress
+from tasks.recipe import Recipe
 from tasks.settings import Section
 from tasks.workspace import Cycle
 from training.checkpoint import CheckpointRecord
@@ -30,8 +32,13 @@ def train_policy(cycle: Cycle) -> CheckpointRecord:
         log.info("%s: complete, kept", cycle.training)
         return finished
     plan = read_plan(cycle)
-    verify(cycle.preferences, "checksum")
-    with progress("train", plan.recipe.training.steps, "step") as advance:
+    return run_training(plan.recipe, training_plan(plan, cycle))
+
+
+def run_training(recipe: Recipe, plan: TrainingPlan) -> CheckpointRecord:
+    """Check the shards' sums, then train with progress; goes on at the last checkpoint."""
+    verify(plan.pairs, "checksum")
+    with progress("train", plan.steps, "step") as advance:
         done = 0
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -41,9 +48,9 @@ def train_policy(cycle: Cycle) -> CheckpointRecord:
             advance(step - done, note)
             done = step
 
-        training, execution = plan.recipe.training, plan.recipe.execution
+        training, execution = recipe.training, recipe.execution
         processes = process_count(execution.processes, execution.device, training.batch_size)
-        record = launch(training_plan(plan, cycle), processes, on_step)
+        record = launch(plan, processes, on_step)
     log.info("trained: %s", {name: round(value, 5) for name, value in record.metrics.items()})
     return record
 
@@ -56,18 +63,24 @@ def hand_over(cycle: Cycle) -> None:
 
 
 def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
-    """The trainer's plan: the recipe's numbers, with paths filled in."""
-    recipe, execution = plan.recipe.training, plan.recipe.execution
+    """The trainer's plan of a cycle."""
+    start = absolute(ModelRef.read(plan.start), cycle.folder.parent.parent)
+    return plan_training(plan.recipe, start, cycle.preferences, cycle.training, plan.cycle_seed, plan.code["rlaif"])
+
+
+def plan_training(recipe: Recipe, model: ModelRef, pairs: Path, output: Path, seed: int, version: str) -> TrainingPlan:
+    """The recipe's numbers, with paths filled in. version: of this code."""
+    training = recipe.training
     return TrainingPlan(
-        model=absolute(ModelRef.read(plan.start), cycle.folder.parent.parent),
-        pairs=str(cycle.preferences),
-        output=str(cycle.training),
-        lora=Lora(recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, recipe.lora_dora),
-        seed=plan.cycle_seed,
-        version=plan.code["rlaif"],
-        batch_size=recipe.batch_size,
-        **shared_fields(recipe),
-        **shared_fields(execution),
+        model=model,
+        pairs=str(pairs),
+        output=str(output),
+        lora=Lora(training.lora_rank, training.lora_alpha, training.lora_targets, training.lora_dora),
+        seed=seed,
+        version=version,
+        batch_size=training.batch_size,
+        **shared_fields(training),
+        **shared_fields(recipe.execution),
     )
 
 

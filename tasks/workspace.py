@@ -100,10 +100,6 @@ class Experiment:
     def champion(self) -> Path:
         return self.folder / "champion.json"
 
-    @property
-    def lock(self) -> Path:
-        return self.folder / ".lock"
-
     def run(self, number: int) -> Path:
         return self.folder / "runs" / f"{number:04d}.json"
 
@@ -122,9 +118,14 @@ class Experiment:
 
 def experiment_at(workspace: str, experiment: str) -> Experiment:
     """Raises ValueError for a name that is no plain folder name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", experiment):
-        raise ValueError(f"experiment={experiment!r}: use letters, digits, '.', '_' and '-' only")
-    return Experiment(Path(workspace).expanduser().resolve() / experiment)
+    return Experiment(Path(workspace).expanduser().resolve() / plain_name("experiment", experiment))
+
+
+def plain_name(parameter: str, name: str) -> str:
+    """The name, if it will do as a folder's. Raises ValueError that names the parameter."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{parameter}={name!r}: use letters, digits, '.', '_' and '-' only")
+    return name
 
 
 def shard_name(index: int, shards: int) -> str:

@@ -62,8 +62,7 @@ class PreferencePairs:
 
     def __init__(self, folder: Path, heldout_share: float = 0.0) -> None:
         manifest = read_manifest(folder)
-        readers = [open_shard(folder / shard.file) for shard in manifest.shards]
-        batches = [reader.get_batch(i) for reader in readers for i in range(reader.num_record_batches)]
+        batches = [batch for shard in manifest.shards for batch in _mapped_batches(folder / shard.file)]
         self._rows = [row for index, batch in enumerate(batches) for row in _trainable_rows(index, batch)]
         if not self._rows:
             raise ShardError(f"{folder}: no trainable pair: all are tied, unlabelled or of identical images")
@@ -74,7 +73,7 @@ class PreferencePairs:
                 f"training.heldout_share={heldout_share}: holds back {self.heldout} of the {len(self._rows)} pairs in "
                 f"{folder}; change it, or use 0"
             )
-        schema = readers[0].schema
+        schema = open_shard(folder / manifest.shards[0].file).schema
         if "prompt_embedding" not in schema.names:
             raise ShardError(f"{folder}: no column prompt_embedding; the trainer reads embeddings from the shards")
         metadata = read_metadata(schema)
@@ -139,6 +138,12 @@ class PreferencePairs:
             return None
         sides = [[self._time_ids[row.batch][side][row.row] for side in (row.winner, 1 - row.winner)] for row in rows]
         return torch.from_numpy(np.asarray(sides, np.float32))
+
+
+def _mapped_batches(path: Path) -> list[pa.RecordBatch]:
+    """One shard's. The mapping outlives the reader, and with it the open file: systems allow about a thousand."""
+    reader = open_shard(path)
+    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
 
 
 def _time_ids(batch: pa.RecordBatch, side: int) -> np.ndarray:

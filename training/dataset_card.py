@@ -15,12 +15,20 @@ COLUMNS = {
     "caption": ("string", "the prompt"),
     "image_0, image_1": ("image", "the encoded files that the scorers saw"),
     "image_0_uid, image_1_uid": ("string", "sha256 of those files"),
-    "latent_0, latent_1": ("float16 list", "the sampler's final latents, in model space, flattened"),
+    "latent_0, latent_1": (
+        "float16 list",
+        "the sampler's final latents, or the encoded picture, in model space, flattened",
+    ),
     "prompt_embedding": (
         "float16 list",
         "the text encoder's output, tokens x width, flattened; may be absent",
     ),
-    "seed_0, seed_1": ("int64", "the generator seed of each image"),
+    "pooled_embedding": ("float16 list", "the pooled text embedding, for models that take one"),
+    "time_ids_0, time_ids_1": (
+        "int32 list",
+        "original height and width, crop top and left, target height and width; absent = whole pictures",
+    ),
+    "seed_0, seed_1": ("int64", "the generator seed of each image; -1 = not known"),
     "model_0, model_1": ("string", "the checkpoint that drew each image"),
     "score_<scorer>_0, _1": ("float32 or null", "raw scores, in the unit of the scorer"),
     "label_0, label_1": ("float32 or null", "1 = preferred, 0 = not, 0.5 = tie, null = not decided"),
@@ -58,8 +66,7 @@ def dataset_card(manifest: Manifest, metadata: Mapping[str, Any]) -> str:
     sections = [
         f"---\n{_header(manifest)}\n---",
         "# Preference pairs of generated images",
-        f"{manifest.rows} pairs in {len(shards)} shards, sealed {manifest.created_at}. Preferences come from "
-        "models, not from people.",
+        f"{manifest.rows} pairs in {len(shards)} shards, sealed {manifest.created_at}. " + origin(metadata),
         table(("fact", "value"), _facts(manifest, metadata)),
         "## Scorers",
         table(("name", "version", "unit", "weights"), [_scorer(s) for s in metadata.get("scorers", [])]),
@@ -72,6 +79,13 @@ def dataset_card(manifest: Manifest, metadata: Mapping[str, Any]) -> str:
         LOADING.replace("{file}", shards[0].file if shards else "00000-of-00001.arrow"),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def origin(metadata: Mapping[str, Any]) -> str:
+    """Who says what is preferred."""
+    if "imported" in metadata:
+        return "Pictures and preferences were imported from the source below; its terms apply."
+    return "Preferences come from models, not from people."
 
 
 def _header(manifest: Manifest) -> str:
@@ -88,6 +102,7 @@ def _facts(manifest: Manifest, metadata: Mapping[str, Any]) -> list[tuple[str, s
     keys = ("base_model", "adapter_sha256", "generation", "latent", "embedding", "prompts", "code")
     facts = [("data set id", manifest.dataset_id), ("schema version", manifest.schema_version)]
     facts.append(("config hash", manifest.config_hash))
+    facts += [(key, text(metadata[key])) for key in ("imported", "counts") if key in metadata]
     return facts + [(key.replace("_", " "), text(metadata.get(key))) for key in keys]
 
 

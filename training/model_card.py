@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training.dataset_card import origin
 from training.markdown import NOT_RECORDED, table, text
 from training.models import ADAPTER_FILE
 from training.pairs import read_metadata
@@ -50,9 +51,9 @@ def model_card(
     kind = "LoRA" if lora else "U-Net" if _component(record) == "unet" else "transformer"
     sections = [
         f"---\n{_header(record, base, lora)}---",
-        f"# {kind} for {base.name}, tuned from AI feedback",
+        f"# {kind} for {base.name}, tuned {'on preferences' if 'imported' in data else 'from AI feedback'}",
         f"Trained for {record['steps']} steps with the loss `{record['loss']}` on {record['pairs']} preference pairs "
-        "of generated pictures. The preferences come from models, not from people.",
+        f"of generated pictures. {origin(data)}",
         "## Use",
         _usage(record, base, repo_id),
         *([_KOHYA] if kohya and lora else []),
@@ -151,12 +152,14 @@ def _data(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     sealed, drawn_by = data["sealed"], dict(data.get("base_model") or {})
     if drawn_by.get("id"):
         drawn_by["id"] = _Base({"base": drawn_by["id"]}, published=True).name
+    model = {key: value for key, value in drawn_by.items() if value}
     facts = [
         ("pairs", f"{sealed['rows']} in {sealed['shards']} shards, sealed {sealed['created_at']}"),
         ("data set id", sealed["dataset_id"]),
         ("config hash", sealed["config_hash"]),
-        ("pictures drawn by", text({key: value for key, value in drawn_by.items() if value} or None)),
+        ("encoded by" if "imported" in data else "pictures drawn by", text(model or None)),
     ]
+    facts += [(key, text(data[key])) for key in ("imported", "pictures") if key in data]
     return facts + [(key.replace("_", " "), text(data.get(key))) for key in ("generation", "label_rule", "code")]
 
 

@@ -235,6 +235,27 @@ def load_network(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "to
     return loaded
 
 
+def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "DiffusionPipeline":
+    """The pipeline without its network: enough to embed prompts and to encode pictures.
+
+    The autoencoder is in float32 where half precision would cost it digits (bfloat16) or overflow: what it encodes is
+    kept.
+    """
+    import diffusers
+    import torch
+
+    family = family_for(ref)
+    quiet_libraries()
+    precision = resolve_dtype(dtype, device)
+    parts = _left_out(ref) | {family.network: None}
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
+        ref.base, revision=ref.revision, dtype=precision, **parts
+    )
+    if precision == torch.bfloat16 or (precision == torch.float16 and pipeline.vae.config.force_upcast):
+        pipeline.vae.to(torch.float32)
+    return pipeline.to(device)
+
+
 def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
     """What guidance leads away from (see `sampling.negative_prompt`), computed on the CPU by the base's text encoders
     alone."""

@@ -1,0 +1,173 @@
+"""Training outside a cycle: on any sealed preference folder, into a folder of its own."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from tasks.check import check_device, check_training
+from tasks.plan import code_versions, difference
+from tasks.recipe import ParameterError, Recipe
+from tasks.train import plan_training, run_training
+from tasks.workspace import plain_name
+from training.checkpoint import CheckpointRecord, weights_sha256
+from training.dataset import PreferencePairs
+from training.fitting import check_fit
+from training.models import ADAPTER_FILE, ModelError, ModelRef, family_for, model_digest
+from training.outputs import CARD, write_outputs
+from training.pairs import read_metadata
+from training.shards import MANIFEST, ShardError, open_shard, read_manifest, write_json
+
+log = logging.getLogger(__name__)
+
+
+def training_folder(workspace: str, name: str, output: str | None) -> Path:
+    """Where a training goes: `output`, else a folder of the workspace. Raises ValueError for no plain name."""
+    if output:
+        return Path(output).expanduser().resolve()
+    return Path(workspace).expanduser().resolve() / "trainings" / plain_name("name", name)
+
+
+def start_model(recipe: Recipe, adapter: str | None) -> ModelRef:
+    """What training starts from and is held to: the base, or an earlier training on it.
+
+    adapter: folder of an adapter, or of a training. Raises ParameterError when it is neither, or of another base or
+    another shape.
+    """
+    base = ModelRef(recipe.base_model, recipe.revision)
+    if adapter is None:
+        return base
+    folder, what = Path(adapter).expanduser().resolve(), f"adapter={adapter!r}"
+    model = _trained(folder, base, what)
+    if model.adapter and recipe.training.method == "lora":
+        _check_shape(Path(model.adapter), recipe, what)
+    return model
+
+
+def _trained(folder: Path, base: ModelRef, what: str) -> ModelRef:
+    if (folder / ADAPTER_FILE).is_file():
+        return replace(base, adapter=str(folder))
+    record = CheckpointRecord.read(folder)
+    if record is None:
+        raise ParameterError(f"{what}: there is no {ADAPTER_FILE} and no finished training (checkpoint.json)")
+    if record.model.base != base.base:
+        raise ParameterError(f"{what} was trained on {record.model.base!r}, not on base_model={base.base!r}")
+    if record.method == "full":
+        return replace(base, network=str(folder / Path(str(record.model.network)).name))
+    return replace(base, network=record.model.network, adapter=str(folder / "adapter"))
+
+
+def _check_shape(folder: Path, recipe: Recipe, what: str) -> None:
+    """A LoRA goes on with the adapter, so it must have its rank; alpha where the file tells it."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_FILE, "pt") as file:
+        told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        first = [name for name in file.keys() if ".lora.down." in name or ".lora_A." in name]  # noqa: SIM118
+        ranks = {file.get_slice(name).get_shape()[0] for name in first}
+    prefix, training = family_for(ModelRef(recipe.base_model, recipe.revision)).network, recipe.training
+    alpha = told.get(f"{prefix}.lora_alpha", training.lora_alpha)
+    if ranks != {training.lora_rank} or float(alpha) != training.lora_alpha:
+        raise ParameterError(
+            f"{what} has rank {sorted(ranks)} and alpha {alpha:g}, but training.lora_rank={training.lora_rank} and "
+            f"training.lora_alpha={training.lora_alpha:g}; give its own"
+        )
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse, without loading weights, what the trainer would refuse. Raises ParameterError."""
+    try:
+        family_for(ModelRef(recipe.base_model, recipe.revision))
+    except ModelError as error:
+        raise ParameterError(str(error)) from error
+    check_device(recipe.execution.device)
+    check_training(recipe)
+
+
+def check_pairs(source: str, folder: Path, recipe: Recipe) -> None:
+    """Refuse a sealed folder that the recipe cannot be trained on. Loads no weights. Raises ParameterError."""
+    training = recipe.training
+    try:
+        pairs = PreferencePairs(folder, training.heldout_share)
+        if training.soft_labels:
+            pairs.require_soft_labels()
+        if training.margin_offset or training.margin_weights:
+            pairs.require_margins()
+        check_fit(pairs, ModelRef(recipe.base_model, recipe.revision), source)
+    except (ShardError, ModelError) as error:
+        raise ParameterError(f"pairs={source!r}: {error}") from error
+    made_for = _base_of(folder)
+    if made_for not in (None, recipe.base_model):
+        log.warning(
+            "pairs=%r were made with base_model=%r, not %r: the shapes fit, but latents and embeddings mean the same "
+            "only if both models share their encoders", source, made_for, recipe.base_model,
+        )  # fmt: skip
+
+
+def _base_of(folder: Path) -> str | None:
+    metadata = read_metadata(open_shard(folder / read_manifest(folder).shards[0].file).schema)
+    base = metadata.get("base_model")
+    return base.get("id") if isinstance(base, dict) else None
+
+
+def check_importable(source: str, recipe: Recipe) -> None:
+    """Refuse options that need more than people's labels say. Raises ParameterError."""
+    training = recipe.training
+    wanted = [name for name in ("soft_labels", "margin_offset", "margin_weights") if getattr(training, name)]
+    if wanted:
+        raise ParameterError(
+            f"training.{wanted[0]}={getattr(training, wanted[0])}: pairs={source!r} are labelled 0 or 1, without "
+            "probabilities and margins; leave it out"
+        )
+
+
+def is_sealed(source: str) -> bool:
+    """Whether it is a folder of preference shards of ours. Raises ParameterError for the folder of a cycle."""
+    folder = Path(source).expanduser()
+    if (folder / "preferences" / MANIFEST).is_file():
+        raise ParameterError(f"pairs={source!r} is a cycle; its pairs are pairs={str(folder / 'preferences')!r}")
+    return (folder / MANIFEST).is_file()
+
+
+def parameters_of(recipe: Recipe, model: ModelRef, pairs_id: str) -> dict[str, Any]:
+    """Everything that decides the trained weights. pairs_id: of the data set, or of its import."""
+    parts = [Path(part) for part in (model.network, model.adapter) if part]
+    return {
+        "base_model": recipe.base_model,
+        "revision": recipe.revision,
+        "base_digest": model_digest(recipe.base_model, recipe.revision),
+        "adapter": [weights_sha256(file) for part in parts for file in sorted(part.glob("*.safetensors"))],
+        "pairs": pairs_id,
+        "seed": recipe.seed,
+        "training": recipe.training.model_dump(),
+    }
+
+
+def settle(output: Path, parameters: dict[str, Any]) -> None:
+    """Note the parameters of a training, or refuse others than it was begun with."""
+    path = output / "parameters.json"
+    if not path.is_file():
+        return write_json(path, parameters)
+    if changed := difference(json.loads(path.read_text()), parameters):
+        raise ParameterError(
+            f"output={str(output)!r} holds a training with other parameters ({changed}); give these again to finish "
+            "it, or another name or output"
+        )
+    return None
+
+
+@task(task_run_name="train-pairs")
+def train_pairs(recipe: Recipe, model: ModelRef, pairs: Path, output: Path) -> CheckpointRecord:
+    """Train into `output`; resumes at the last checkpoint, or returns what is finished. The model card comes last."""
+    record = CheckpointRecord.read(output)
+    if record and (output / CARD).is_file():
+        log.info("%s: complete, kept", output)
+        return record
+    plan = plan_training(recipe, model, pairs, output, recipe.seed, code_versions()["rlaif"])
+    plan.write(output / "plan.json")
+    record = record or run_training(recipe, plan)
+    write_outputs(output, plan, pairs)
+    return record
