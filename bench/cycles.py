@@ -103,7 +103,7 @@ def promoted(experiment: Experiment) -> list[int]:
 def _adopt(twin: Experiment, experiment: Experiment, recipe: Recipe, number: int) -> None:
     """Link the twin's pairs and training of a cycle, unless it starts from another model."""
     theirs, ours = twin.cycle(number), experiment.cycle(number)
-    if not theirs.plan.is_file() or ours.plan.is_file():
+    if CheckpointRecord.read(theirs.training) is None or ours.plan.is_file():  # half a training must not be shared
         return
     plan = read_plan(theirs)
     start, label = current_model(experiment, recipe, plan.base_digest)[1:3]

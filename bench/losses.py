@@ -9,8 +9,9 @@ What was computed before is not computed again; what is new is appended to resul
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ from training.trainer import train
 
 RANDOM = "bench.random_labels:RandomLabels"
 CYCLES = 3
+START = "start"
+"""The base's pictures that all arms are compared with."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ GRID = {
     ]
     for name in names
 }
-TUNE_SEED, TUNE_PROMPTS = 7, Evaluation(prompts="shapes/prompts/tuning.jsonl", max_prompts=256)
+TUNE_SEED, TUNE_PROMPTS = 7, {"prompts": "shapes/prompts/tuning.jsonl", "max_prompts": 256}
 Scores = dict[str, list[float]]
 
 
@@ -153,35 +156,37 @@ class Results:
             file.write(json.dumps({"seed": seed, "key": key, "arm": name, **facts, "scores": scores}) + "\n")
 
 
-def recipe_of(seed: int, evaluation: Evaluation) -> Recipe:
+def default_recipe(seed: int, **evaluation: Any) -> Recipe:
+    """The shapes recipe without what decides nothing: scores of judges who never label, null controls of cycles."""
     sections = {name: kind() for name, kind in SECTIONS.items()}
-    sections |= {"evaluation": evaluation, "pairing": Pairing(score_with_judges=False)}
+    sections |= {
+        "evaluation": Evaluation(null_control=False, **evaluation),
+        "pairing": Pairing(score_with_judges=False),
+    }
     return resolve("shapes", seed, {}, sections)
 
 
 def run(
-    workspace: Path, seeds: list[int], arms: Mapping[str, Arm], evaluation: Evaluation
+    workspace: Path, seeds: list[int], arms: Mapping[str, Arm], recipe_of: Callable[[int], Recipe]
 ) -> dict[str, dict[str, np.ndarray]]:
     """The outcomes of every arm against the base, by judge: (seeds, prompts)."""
     results = Results(workspace / "results.jsonl")
     found: dict[str, dict[str, list[np.ndarray]]] = {name: {} for name in arms}
-    with tqdm(total=len(seeds) * len(arms), unit="arm") as bar:
-        for seed in seeds:
-            world = World(workspace, recipe_of(seed, evaluation))
-            if (seed, "start") not in results.scores:
-                results.add(seed, "start", "start", world.scores(world.model(Arm("base")), 0))
-            for name, each in arms.items():
-                bar.set_postfix_str(f"seed {seed}, {name}")
-                if (seed, each.key()) not in results.scores:
-                    model = world.model(each)
-                    scores = world.scores(model, int(each.kind == "base"))
-                    accepted = promoted(world.experiment) if each.kind == "gated" else None
-                    results.add(seed, each.key(), name, scores, training=each.training, promoted=accepted)
-                for judge, scorer in world.judges.items():
-                    sides = (results.scores[seed, key][judge] for key in ("start", each.key()))
-                    better = outcomes(*map(np.asarray, sides), scorer.info.higher_is_better)
-                    found[name].setdefault(judge, []).append(better)
-                bar.update()
+    worlds = [World(workspace, recipe_of(seed)) for seed in seeds]
+    jobs = [(name, world) for name in arms for world in worlds]
+    for name, world in (bar := tqdm(jobs, unit="arm")):
+        seed, each = world.recipe.seed, arms[name]
+        bar.set_postfix_str(f"seed {seed}, {name}")
+        if (seed, START) not in results.scores:
+            results.add(seed, START, START, world.scores(world.model(Arm("base")), 0))
+        if (seed, each.key()) not in results.scores:
+            scores = world.scores(world.model(each), int(each.kind == "base"))
+            accepted = promoted(world.experiment) if each.kind == "gated" else None
+            results.add(seed, each.key(), name, scores, training=each.training, promoted=accepted)
+        for judge, scorer in world.judges.items():
+            base, other = (np.array(results.scores[seed, key][judge]) for key in (START, each.key()))
+            better = outcomes(base, other, scorer.info.higher_is_better)
+            found[name].setdefault(judge, []).append(better)
     return {name: {judge: np.stack(rows) for judge, rows in judges.items()} for name, judges in found.items()}
 
 
@@ -193,9 +198,10 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="the grid instead, on tuning prompts")
     given = parser.parse_args()
     if given.tune:
-        print("\n".join(table(run(given.workspace / "tuning", [TUNE_SEED], GRID, TUNE_PROMPTS))))
+        tuning = partial(default_recipe, **TUNE_PROMPTS)
+        print("\n".join(table(run(given.workspace / "tuning", [TUNE_SEED], GRID, tuning))))
         return
-    found = run(given.workspace, given.seeds, {name: ARMS[name] for name in given.arms}, Evaluation())
+    found = run(given.workspace, given.seeds, {name: ARMS[name] for name in given.arms}, default_recipe)
     print("\n".join(table(found)))
     if {"dpo", CONTROL} <= set(found):
         print("\n" + "\n\n".join(comparison(found, "dpo", CONTROL)))

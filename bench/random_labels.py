@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from scoring.scorer import ScorerInfo
+from scoring.images import check_inputs
+from scoring.scorer import ScorerInfo, ScoringError
 
 
 class RandomLabels:
@@ -14,10 +15,15 @@ class RandomLabels:
 
     def __init__(self, source: str | None = None, device: str = "cpu") -> None:
         self.info = ScorerInfo("random", "sha256", "uniform", lowest=0.0, highest=1.0, needs_prompt=False)
+        self._closed = False
 
     def score(self, images: Any, prompts: Sequence[str]) -> np.ndarray:
+        if self._closed:
+            raise ScoringError("scorer 'random' is closed")
+        check_inputs(images, prompts)
         digests = [hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in images]
         return np.array([int.from_bytes(digest[:3], "big") / 2**24 for digest in digests], np.float32)
 
     def close(self) -> None:
-        """Holds nothing."""
+        """There is no memory to free."""
+        self._closed = True
