@@ -7,17 +7,17 @@ What was computed before is not computed again; what is new is appended to resul
 """
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from bench.arms import ARMS, CYCLES, GRID, Arm
 from bench.cycles import gate_and_promote, make_pairs, other_pairs, promote_anyway, promoted, run_cycles
 from bench.loss_table import CONTROL, comparison, outcomes, table
 from scoring.registry import load_scorer
@@ -33,62 +33,10 @@ from training.pairs import seed_for
 from training.sampling import Sampler, embed_prompts, sample_images
 from training.trainer import train
 
-RANDOM = "bench.random_labels:RandomLabels"
-CYCLES = 3
 START = "start"
 """The base's pictures that all arms are compared with."""
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A row of the table: how its model comes to be.
-
-    kind: "base" is the base with other noise; "train" trains once on the pairs of the first cycle; "gated" and
-    "ungated" are CYCLES cycles of the default recipe, with and without the gate. scorer: who labels, None = the
-    recipe's own. training: what differs from the recipe.
-    """
-
-    kind: Literal["base", "train", "gated", "ungated"] = "train"
-    training: dict[str, Any] = field(default_factory=dict)
-    scorer: str | None = None
-
-    def key(self) -> str:
-        """Changes with whatever decides the model."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def arm(loss: str, **changes: Any) -> Arm:
-    return Arm(training={"loss": loss, **changes})
-
-
-# Chosen on tuning prompts under seed 7 from GRID; bench/README.md has what each gave.
-ARMS = {
-    "base": Arm("base"),
-    "sft": arm("sft"),
-    "dpo": Arm(),
-    "ipo": arm("ipo"),
-    "kto": arm("kto"),
-    "mapo": arm("mapo"),
-    "dco": arm("dco"),
-    "sdpo": arm("sdpo"),
-    "soft-labels": Arm(training={"soft_labels": True}),
-    CONTROL: Arm(scorer=RANDOM),
-    "3-cycles": Arm("gated"),
-    "3-cycles-ungated": Arm("ungated"),
-}
-TUNED = {"soft-labels": ("dpo", {"soft_labels": True})} | {
-    loss: (loss, {}) for loss in ("dpo", "ipo", "kto", "mapo", "dco", "sdpo", "sft")
-}
-GRID = {
-    f"{name} lr={rate:g} beta={beta:g}": arm(TUNED[name][0], learning_rate=rate, beta=beta, **TUNED[name][1])
-    for names, rate, beta in [
-        (TUNED, 2e-4, 500),  # the recipe's
-        (TUNED, 6e-4, 500),
-        (TUNED, 6e-5, 500),
-        (("dpo", "ipo", "kto"), 2e-4, 1500),
-    ]
-    for name in names
-}
 TUNE_SEED, TUNE_PROMPTS = 7, {"prompts": "shapes/prompts/tuning.jsonl", "max_prompts": 256}
 Scores = dict[str, list[float]]
 

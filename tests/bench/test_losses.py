@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from bench.arms import ARMS, RANDOM, Arm
 from bench.cycles import gate_and_promote, make_pairs, other_pairs, promote_anyway, run_cycles
 from bench.loss_table import CONTROL, comparison, finding, outcomes, over_seeds, pooled, table
-from bench.losses import ARMS, RANDOM, Arm, default_recipe, run
+from bench.losses import default_recipe, run
 from bench.random_labels import RandomLabels
 from scoring.clauses import Clause
 from scoring.contract import Skipped, Trial, clauses
