@@ -38,9 +38,9 @@ ARMS = {
     "base": Arm("base"),
     "sft": arm("sft"),
     "dpo": Arm(),
-    "ipo": arm("ipo"),
+    "ipo": arm("ipo", beta=50),
     "kto": arm("kto"),
-    "mapo": arm("mapo"),
+    "mapo": arm("mapo", learning_rate=6e-4),
     "dco": arm("dco"),
     "sdpo": arm("sdpo"),
     "soft-labels": Arm(training={"soft_labels": True}),
@@ -53,10 +53,10 @@ POINTS = {
     "dpo": [(RATE, BETA)],
     "soft-labels": [(RATE, BETA)],
     "ipo": [(RATE, BETA), (RATE, 50)],
-    "kto": [(RATE, BETA), (6e-4, BETA)],
+    "kto": [(RATE, BETA), (6e-4, BETA), (RATE, 50)],
     "mapo": [(RATE, BETA), (6e-4, BETA)],
-    "dco": [(RATE, BETA), (6e-4, BETA)],
-    "sft": [(RATE, BETA), (6e-4, BETA)],
+    "dco": [(RATE, BETA), (6e-4, BETA), (6e-5, BETA)],
+    "sft": [(RATE, BETA), (6e-4, BETA), (6e-5, BETA)],
 }
 GRID = {
     f"{name} lr={rate:g} beta={beta:g}": arm(

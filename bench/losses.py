@@ -35,9 +35,8 @@ from training.trainer import train
 
 START = "start"
 """The base's pictures that all arms are compared with."""
-
-
-TUNE_SEED, TUNE_PROMPTS = 7, {"prompts": "shapes/prompts/tuning.jsonl", "max_prompts": 256}
+TUNE_SEED = 7
+TUNE_PROMPTS: dict[str, Any] = {"prompts": "shapes/prompts/tuning.jsonl", "max_prompts": 256}
 Scores = dict[str, list[float]]
 
 
