@@ -36,7 +36,7 @@ def arm(loss: str, **changes: Any) -> Arm:
 # Chosen on tuning prompts under seed 7 from GRID; bench/README.md has what each gave.
 ARMS = {
     "base": Arm("base"),
-    "sft": arm("sft"),
+    "sft": arm("sft", learning_rate=6e-4),
     "dpo": Arm(),
     "ipo": arm("ipo", beta=50),
     "kto": arm("kto"),
@@ -55,8 +55,8 @@ POINTS = {
     "ipo": [(RATE, BETA), (RATE, 50)],
     "kto": [(RATE, BETA), (6e-4, BETA), (RATE, 50)],
     "mapo": [(RATE, BETA), (6e-4, BETA)],
-    "dco": [(RATE, BETA), (6e-4, BETA), (6e-5, BETA)],
-    "sft": [(RATE, BETA), (6e-4, BETA), (6e-5, BETA)],
+    "dco": [(RATE, BETA), (6e-4, BETA)],
+    "sft": [(RATE, BETA), (6e-4, BETA)],
 }
 GRID = {
     f"{name} lr={rate:g} beta={beta:g}": arm(

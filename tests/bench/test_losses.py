@@ -23,6 +23,7 @@ from tasks.recipe import Recipe
 from tasks.settings import Generation, Training
 from tasks.workspace import experiment_at
 from training.loss_table import LOSSES, LossOptions, check_options
+from training.pairs import score_column
 from training.shards import read_shard
 
 
@@ -167,8 +168,8 @@ def test_random_labels_are_given_to_the_same_candidates(workspace: Path) -> None
     agreement = json.loads((folder / "comparison.json").read_text())
     assert (agreement["labelled_by"], agreement["other"], agreement["pairs"]) == (RANDOM, "pickscore", 6)
     pairs = pa.concat_tables([read_shard(path) for path in folder.glob("*.arrow")])
-    gap = np.array(pairs[f"score_{RANDOM}_0"]) - np.array(pairs[f"score_{RANDOM}_1"])
-    np.testing.assert_array_equal(pairs["label_0"], gap > 0)
+    first, second = (np.array(pairs[score_column(RANDOM, side)]) for side in (0, 1))
+    np.testing.assert_array_equal(pairs["label_0"], first > second)
     known = {uid for path in cycle.folder.glob("candidates/*") for uid in read_shard(path)["image_uid"].to_pylist()}
     assert set(pairs["image_0_uid"].to_pylist()) <= known
 
