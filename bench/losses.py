@@ -3,7 +3,8 @@
     python -m bench.losses [--seeds 0 1 2] [--arms dpo ipo ...] [--workspace workspace/losses]
     python -m bench.losses --tune      # the grid on tuning prompts that the numbers in ARMS were chosen from
 
-What was computed before is not computed again; what is new is appended to results.jsonl in the workspace.
+What was computed before is not computed again; what is new is appended to results.jsonl in the workspace. After a
+change of recipes/shapes.toml or of the code, start in another one.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from tasks.workspace import experiment_at
 from training.models import ModelRef, load_pipeline
 from training.pairs import seed_for
 from training.sampling import Sampler, embed_prompts, sample_images
+from training.shards import write_text
 from training.trainer import train
 
 START = "start"
@@ -61,13 +63,16 @@ class World:
             return run_cycles(line, self.recipe, CYCLES, promote_anyway, twin=self.experiment)
         cycle = make_pairs(self.experiment, self.recipe, 1)
         plan = training_plan(read_plan(cycle), cycle)
-        if arm.training:  # the recipe's own training is that of the first cycle
-            plan = replace(plan, **arm.training, output=str(self.experiment.folder / "arms" / arm.key()))
-        if arm.scorer:
+        if arm != Arm():  # the recipe's own training is that of the first cycle
+            pairs = str(other_pairs(cycle, arm.scorer)) if arm.scorer else plan.pairs
             output = str(self.experiment.folder / "arms" / arm.key())
-            plan = replace(plan, pairs=str(other_pairs(cycle, arm.scorer)), output=output)
+            plan = replace(plan, **arm.training, pairs=pairs, output=output)
         with tqdm(total=plan.steps, unit="step", leave=False) as bar:
-            return train(plan, lambda step, metrics: void(bar.update(step - bar.n))).model
+
+            def advance(step: int, metrics: dict[str, float]) -> None:
+                bar.update(step - bar.n)
+
+            return train(plan, advance).model
 
     def scores(self, model: ModelRef, side: int) -> Scores:
         """What each judge gives the model's pictures of the held-out prompts; side: which noise."""
@@ -81,10 +86,6 @@ class World:
         return {name: score_images(judge, images, self.texts).tolist() for name, judge in self.judges.items()}
 
 
-def void(_: object) -> None:
-    """Drop a value where a callback must return nothing."""
-
-
 class Results:
     """What is known, in a file that only grows: one line for each seed and model."""
 
@@ -95,7 +96,7 @@ class Results:
         self.scores: dict[tuple[int, str], Scores] = {}
         for line in map(json.loads, lines):
             self.scores[line["seed"], line["key"]] = line["scores"]
-        path.write_text("".join(line + "\n" for line in lines))
+        write_text(path, "".join(line + "\n" for line in lines))
 
     def add(self, seed: int, key: str, name: str, scores: Scores, **facts: Any) -> None:
         self.scores[seed, key] = scores
@@ -150,8 +151,9 @@ def main() -> None:
         return
     found = run(given.workspace, given.seeds, {name: ARMS[name] for name in given.arms}, default_recipe)
     print("\n".join(table(found)))
-    if {"dpo", CONTROL} <= set(found):
-        print("\n" + "\n\n".join(comparison(found, "dpo", CONTROL)))
+    for other in ("base", CONTROL):
+        if {"dpo", other} <= set(found):
+            print("\n" + "  \n".join(comparison(found, "dpo", other)))
 
 
 if __name__ == "__main__":
