@@ -47,9 +47,12 @@ def over_seeds(values: np.ndarray, confidence: float = 0.95) -> Estimate:
     return Estimate(float(each.mean()), *mean_difference_interval(each, confidence))
 
 
-def finding(oracle: Estimate) -> str:
-    """What an interval of the win rate says, in words."""
-    if oracle.low > 0.5:
+def finding(oracle: Estimate, above_base: Estimate | None = None) -> str:
+    """What the intervals of a win rate, and of its distance to that of the base with other noise, say in words.
+
+    The noise of the compared pictures may have been unlucky; whatever draws others than these then wins.
+    """
+    if oracle.low > 0.5 and (above_base is None or above_base.low > 0):
         return "helps"
     return "**harms**" if oracle.high < 0.5 else "**does not help**"
 
@@ -63,7 +66,8 @@ def table(found: Outcomes) -> list[str]:
         above = found[CONTROL][TRUTH] if CONTROL in found and arm not in ("base", CONTROL) else None
         gap = _signed(pooled(judges[TRUTH] - above)) if above is not None else ""
         cells = [arm, _text(rates[TRUTH]), seeds, gap, _text(rates["hpsv2"]), _text(rates["pickscore"])]
-        word = "" if arm == "base" else finding(rates[TRUTH])
+        beyond = pooled(judges[TRUTH] - found["base"][TRUTH]) if "base" in found else None
+        word = "" if arm == "base" else finding(rates[TRUTH], beyond)
         lines.append(f"| {' | '.join([*cells, word])} |")
     return lines
 

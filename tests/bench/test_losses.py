@@ -12,7 +12,7 @@ import torch
 
 from bench.arms import ARMS, RANDOM, Arm
 from bench.cycles import gate_and_promote, make_pairs, other_pairs, promote_anyway, run_cycles
-from bench.loss_table import CONTROL, comparison, finding, outcomes, over_seeds, pooled, table
+from bench.loss_table import CONTROL, Estimate, comparison, finding, outcomes, over_seeds, pooled, table
 from bench.losses import default_recipe, run
 from bench.random_labels import RandomLabels
 from scoring.clauses import Clause
@@ -83,6 +83,8 @@ def test_an_arm_is_compared_with_random_labels_prompt_by_prompt() -> None:
 def test_findings_are_said_as_they_are() -> None:
     words = [finding(pooled(np.full((2, 9), 0.5) + np.linspace(-0.1, 0.1, 9) + shift)) for shift in (0.2, 0.0, -0.2)]
     assert words == ["helps", "**does not help**", "**harms**"]
+    won, no_more, more = Estimate(0.6, 0.55, 0.65), Estimate(0.01, -0.02, 0.04), Estimate(0.05, 0.02, 0.08)
+    assert [finding(won, above) for above in (no_more, more)] == ["**does not help**", "helps"]
 
 
 @pytest.mark.parametrize("clause", clauses(), ids=lambda clause: clause.__name__)
