@@ -92,7 +92,7 @@ def run_cycles(
         train_policy.fn(cycle)
         decide(experiment, cycle)
     model = read_champion(experiment)["model"]
-    return absolute(ModelRef(**model), experiment.folder) if model else ModelRef(recipe.base_model, recipe.revision)
+    return absolute(ModelRef.read(model), experiment.folder) if model else ModelRef(recipe.base_model, recipe.revision)
 
 
 def promoted(experiment: Experiment) -> list[int]:

@@ -31,7 +31,7 @@ from tasks.train import training_plan
 from tasks.workspace import experiment_at
 from training.models import ModelRef, load_pipeline
 from training.pairs import seed_for
-from training.sampling import Sampler, embed_prompts, sample_images
+from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 from training.shards import write_text
 from training.trainer import train
 
@@ -79,7 +79,7 @@ class World:
         generation = self.recipe.generation
         sampler = Sampler(generation.scheduler, generation.steps, generation.guidance, generation.scheduler_options)
         pipeline = load_pipeline(model)
-        embeddings, negative = embed_prompts(pipeline, self.texts), embed_prompts(pipeline, [""])
+        embeddings, negative = embed_prompts(pipeline, self.texts), negative_prompt(pipeline)
         seeds = [seed_for(self.recipe.seed, f"losses:{key}", side) for key in self.ids]
         size = self.recipe.execution.batch_size
         images = list(sample_images(pipeline, embeddings, negative, seeds, sampler, size)[1])
