@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -122,6 +123,15 @@ def test_nothing_grows_with_the_steps(world: Path) -> None:
     run = Run(plan_in(world))
     works = [work_of(run, step) for step in (0, 1, EPOCH, 1000)]
     assert all(work == works[0] for work in works)
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a permutation of all pairs: a million of them take longer than a small step."""
+    draw, drawn = np.random.default_rng, []
+    monkeypatch.setattr(np.random, "default_rng", lambda key: (drawn.append(key), draw(key))[1])
+    for step in range(5):
+        positions_of_step(step, 7, 17, seed=12345)
+    assert drawn == [[12345, 0], [12345, 1], [12345, 2]]
 
 
 def test_adapters_and_their_moments_are_float32_over_a_bfloat16_network(world: Path) -> None:
