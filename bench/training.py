@@ -14,7 +14,6 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +32,9 @@ from training.policy import Lora
 from training.run import Run
 
 METHODS = ("lora", "full")
+CACHED = "ours, cached latents"
+CHANGES: dict[str, dict[str, Any]] = {CACHED: {}, "ours, and reference kept": {"noise_draws": 1}}
+"""How the plans of our ways differ."""
 Seconds = dict[str, list[float]]
 Way = Callable[[], list[float]]
 """Trains some steps and returns the seconds of each."""
@@ -70,18 +72,26 @@ class Bench:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    def run(self, name: str, method: str, **changes: Any) -> Run:
+    def run(self, name: str, method: str) -> Run:
         """Kept between turns, warmed up by an epoch: afterwards kept reference errors are all there."""
         if name not in self.runs:
-            self.runs[name] = Run(self.plan(method, **changes))
+            self.runs[name] = Run(self.plan(method, **CHANGES[name]))
             self.steps[name] = 4
             for step in range(4):
                 self.runs[name].step(step)
         return self.runs[name]
 
-    def ours(self, name: str, method: str, encode: bool, **changes: Any) -> list[float]:
+    def make_room(self, name: str) -> None:
+        """On the device only this run stays, so that its memory can be told."""
+        self.runs = {kept: run for kept, run in self.runs.items() if kept == name}
+        self.shards.pipeline.to("cpu")
+        torch.cuda.empty_cache()
+
+    def ours(self, name: str, method: str, encode: bool) -> list[float]:
         """encode: make the latents and embeddings of as many pairs as well."""
-        run, seconds = self.run(name, method, **changes), []
+        run, seconds = self.run(name, method), []
+        if encode:
+            self.shards.pipeline.to(self.given.device)
         for _ in range(self.given.steps):
             start = self.clock()
             if encode:
@@ -114,10 +124,8 @@ def ways_of(bench: Bench, method: str) -> tuple[dict[str, Way], list[str]]:
         for name, more in peer.ways.items():
             precision = ("fp16" if name == "README" else "bf16") if bench.cuda else "no"
             ways[f"{peer.name}, {name}"] = partial(bench.peer, peer, more, precision)
-    cached = f"cached {method}"
-    ways["ours, first epoch"] = partial(bench.ours, cached, method, True)
-    ways["ours, cached latents"] = partial(bench.ours, cached, method, False)
-    ways["ours, and reference kept"] = partial(bench.ours, f"kept {method}", method, False, noise_draws=1)
+    ways["ours, first epoch"] = partial(bench.ours, CACHED, method, True)
+    ways |= {name: partial(bench.ours, name, method, False) for name in CHANGES}
     return ways, absent
 
 
@@ -195,23 +203,25 @@ def main() -> None:
             ways, absent = ways_of(bench, method)
             found[method] = {"seconds": timed(ways, given.repeats), "absent": absent}
             report(method, found[method]["seconds"], absent, bench.scale.batch)
-            for kept in ("cached", "kept"):
-                run, name = bench.runs.pop(f"{kept} {method}"), f"{kept} {method}"
-                found[method][kept] = of_our_step(bench, run, name, found[method]["seconds"])
+            found[method] |= {name: of_our_step(bench, method, name, found[method]["seconds"]) for name in CHANGES}
+            bench.runs.clear()
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))
 
 
-def of_our_step(bench: Bench, run: Run, name: str, seconds: Seconds) -> dict[str, Any]:
+def of_our_step(bench: Bench, method: str, name: str, seconds: Seconds) -> dict[str, Any]:
     """Counted operations; on CUDA their share of what the device reaches; with --profile the parts of the time."""
-    way = "ours, cached latents" if name.startswith("cached") else "ours, and reference kept"
-    work = training_device.count(lambda: run.step(bench.steps[name]))
-    rate = work.operations / median(seconds[way])
-    print(f"  {way}: {work.operations / bench.scale.batch / 1e9:.3f} GFLOP a pair, {rate / 1e9:.1f} GFLOP/s")
-    found: dict[str, Any] = {**asdict(work), "operations_per_second": rate}
     if bench.cuda:
-        found |= training_device.shares(work, median(seconds[way]), lambda: run.step(bench.steps[name]))
-        print("  " + ", ".join(f"{key} {value:.3g}" for key, value in found.items()))
+        bench.make_room(name)
+    run = bench.run(name, method)
+    work = training_device.count(lambda: run.step(bench.steps[name]))
+    rate = work.operations / median(seconds[name])
+    print(f"  {name}: {work.operations / bench.scale.batch / 1e9:.3f} GFLOP a pair, {rate / 1e9:.1f} GFLOP/s")
+    found: dict[str, Any] = {"operations": work.operations, "kernels": len(work.kernels)}
+    if bench.cuda:
+        shares = training_device.shares(work, median(seconds[name]), lambda: run.step(bench.steps[name]))
+        print("  " + ", ".join(f"{key} {value:.3g}" for key, value in shares.items()))
+        found |= shares
     if bench.given.profile:
         found["parts"] = training_profile.parts(run, range(bench.steps[name], bench.steps[name] + 4), bench.clock)
         print("  " + ", ".join(f"{key} {share:.1%}" for key, share in found["parts"].items()))

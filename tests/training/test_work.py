@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -72,6 +73,23 @@ def test_with_kept_errors_the_reference_runs_once_a_draw(world: Path, method: st
         assert work.operations == PAIRS * (POLICY[method] + (REFERENCE if step < 2 else 0)), step
 
 
+def test_kept_errors_survive_an_interruption_and_change_nothing(world: Path, tmp_path: Path) -> None:
+    plan = plan_in(world, noise_draws=1, batch_size=PAIRS, micro_batch_size=PAIRS)
+    run, again, forgetful = Run(plan), Run(plan), Run(plan)
+    run.step(0)
+    run.save(tmp_path, 1)
+    assert again.resume(tmp_path, 1) == forgetful.resume(tmp_path, 1) == 1
+    forgetful.kept.clear()  # type: ignore[union-attr]
+    losses = [each.step(1)["loss"] for each in (run, again, forgetful)]
+    assert losses[0] == losses[1] == losses[2]
+    assert work_of(again, 2).rows("reference") == 0
+
+
+def test_a_refreshed_reference_runs_again(world: Path) -> None:
+    run = Run(plan_in(world, noise_draws=1, batch_size=PAIRS, micro_batch_size=PAIRS, refresh_reference=2))
+    assert [work_of(run, step).rows("reference") > 0 for step in range(4)] == [True, False, True, False]
+
+
 def test_only_missing_pairs_go_through_the_reference(world: Path) -> None:
     """Steps of 8 in epochs of 12: the second has pairs of both epochs."""
     run, seen = Run(plan_in(world, batch_size=8, micro_batch_size=8, noise_draws=1)), set[int]()
@@ -105,6 +123,15 @@ def test_nothing_grows_with_the_steps(world: Path) -> None:
     run = Run(plan_in(world))
     works = [work_of(run, step) for step in (0, 1, EPOCH, 1000)]
     assert all(work == works[0] for work in works)
+
+
+def test_the_order_of_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a permutation of all pairs: a million of them take longer than a small step."""
+    draw, drawn = np.random.default_rng, []
+    monkeypatch.setattr(np.random, "default_rng", lambda key: (drawn.append(key), draw(key))[1])
+    for step in range(5):
+        positions_of_step(step, 7, 17, seed=12345)
+    assert drawn == [[12345, 0], [12345, 1], [12345, 2]]
 
 
 def test_adapters_and_their_moments_are_float32_over_a_bfloat16_network(world: Path) -> None:

@@ -79,7 +79,7 @@ def counted(run: Run) -> Iterator[Work]:
         networks["reference"] = copy
 
     def note(name: str, network: torch.nn.Module, args: Sequence) -> None:
-        off = any(getattr(layer, "disable_adapters", False) is True for layer in network.modules())
+        off = any(_as_reference(layer) for layer in network.modules())
         work.passes.append((len(args[0]), torch.is_grad_enabled(), "reference" if off else name))
 
     with ExitStack() as stack:
@@ -89,6 +89,12 @@ def counted(run: Run) -> Iterator[Work]:
         stack.enter_context(counter)
         yield work
     work.operations = int(counter.get_total_flops())
+
+
+def _as_reference(layer: torch.nn.Module) -> bool:
+    """An adapter layer that is switched off, or to the reference's adapter."""
+    off, active = getattr(layer, "disable_adapters", False), getattr(layer, "_active_adapter", [])
+    return off is True or active == ["reference"]
 
 
 @contextmanager
