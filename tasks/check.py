@@ -85,7 +85,7 @@ def check_expression(parameter: str, text: str, sources: dict[str, ScorerSource]
 
 
 def _check_scheduler(recipe: Recipe) -> None:
-    from training.sampling import scheduler_names, scheduler_options
+    from training.sampling import flow_scheduler, scheduler_names, scheduler_options
 
     names = scheduler_names()
     if recipe.generation.scheduler not in names:
@@ -94,6 +94,16 @@ def _check_scheduler(recipe: Recipe) -> None:
     if unknown := sorted(set(recipe.generation.scheduler_options) - set(known)):
         raise ParameterError(
             f"generation.scheduler_options={unknown}: {recipe.generation.scheduler} knows only {', '.join(known)}"
+        )
+    family = family_for(ModelRef(recipe.base_model, recipe.revision))
+    if family.flow != flow_scheduler(recipe.generation.scheduler, recipe.generation.scheduler_options):
+        trained, fitting = ("diffusion", "DPMSolverMultistepScheduler")
+        if family.flow:
+            trained, fitting = ("flow matching", "FlowMatchEulerDiscreteScheduler")
+        raise ParameterError(
+            f"generation.scheduler={recipe.generation.scheduler!r} with scheduler_options="
+            f"{recipe.generation.scheduler_options}: base_model={recipe.base_model!r} was trained by {trained}; use a "
+            f"scheduler for it, such as {fitting}"
         )
 
 

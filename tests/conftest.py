@@ -3,8 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.families import FamilyBases
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach out
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -17,6 +21,14 @@ def tiny_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_world
 
     return save_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> "FamilyBases":
+    """Tiny models of every family."""
+    from tests.families import FamilyBases
+
+    return FamilyBases(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="session")

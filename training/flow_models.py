@@ -37,7 +37,7 @@ class StableDiffusion3(_FlowModel):
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
         found = pipeline.encode_prompt(
-            prompts, prompts, prompts, device=pipeline.device, do_classifier_free_guidance=False
+            prompts, prompts, prompts, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
         )
         return PromptEmbeddings(found[0], found[2])
 
@@ -70,7 +70,7 @@ class Flux(_FlowModel):
     network_class = "FluxTransformer2DModel"
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
-        tokens, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.device)
+        tokens, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.text_encoder.device)
         return PromptEmbeddings(tokens, pooled)
 
     def sample(
@@ -80,27 +80,37 @@ class Flux(_FlowModel):
         negative: PromptEmbeddings | None,
         **options: Any,
     ) -> torch.Tensor:
-        side = pipeline.default_sample_size * pipeline.vae_scale_factor
+        scale, side = pipeline.vae_scale_factor, pipeline.default_sample_size * pipeline.vae_scale_factor
         height, width = (options.pop(name) or side for name in ("height", "width"))
         packed = pipeline(
             prompt_embeds=prompts.tokens, pooled_prompt_embeds=prompts.pooled, output_type="latent",
             height=height, width=width, **options,
         ).images  # fmt: skip
-        return unpack(packed, height // pipeline.vae_scale_factor, width // pipeline.vae_scale_factor)
+        # The pipeline rounds the picture down to whole tokens.
+        return unpack(packed, *(side // (scale * PATCH) * PATCH for side in (height, width)))
 
     def predict(
         self, network: torch.nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         height, width = noisy.shape[-2:]
         tokens = conditions.prompts.tokens
+        told = torch.full((len(noisy),), conditions.guidance, device=noisy.device)
         packed = network(
             hidden_states=pack(noisy), timestep=times, encoder_hidden_states=tokens,
             pooled_projections=conditions.prompts.pooled,
-            guidance=torch.full((len(noisy),), conditions.guidance, device=noisy.device),
+            guidance=told if takes_guidance(network) else None,
             txt_ids=torch.zeros(tokens.shape[1], 3, device=noisy.device, dtype=noisy.dtype),
             img_ids=positions(height // PATCH, width // PATCH).to(noisy.device, noisy.dtype),
         ).sample  # fmt: skip
         return unpack(packed, height, width)
+
+
+def takes_guidance(network: torch.nn.Module) -> bool:
+    """Whether the network was distilled with guidance as an input (dev) or without (schnell).
+
+    network: may be wrapped for several processes.
+    """
+    return bool(getattr(network, "module", network).config.guidance_embeds)
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

@@ -46,10 +46,10 @@ def launch(plan: TrainingPlan, processes: int, on_step: Callable[[int, Metrics],
     finished = CheckpointRecord.read(output)
     if finished:
         return finished
+    output.mkdir(parents=True, exist_ok=True)
+    plan.write(output / PLAN)  # also for whoever wants to go on by hand
     if processes == 1:
         return train(plan, on_step)
-    output.mkdir(parents=True, exist_ok=True)
-    plan.write(output / PLAN)
     process = _start(output, processes)
     try:
         _follow(process, output / METRICS, on_step)

@@ -108,17 +108,22 @@ def model_digest(base: str, revision: str | None = None) -> str:
     return digest.hexdigest()[:12]
 
 
-def check_lora_targets(base: str, revision: str | None, targets: list[str]) -> None:
-    """Refuse endings that no layer of the network has. Builds the network without weights."""
+def network_outline(ref: ModelRef) -> "torch.nn.Module":
+    """The base's UNet or transformer without weights, on torch's meta device."""
     import diffusers
     import torch
 
-    ref = ModelRef(base, revision)
     family = family_for(ref)
     kind = getattr(diffusers, family.network_class)
-    config = kind.load_config(base, subfolder=family.network, revision=revision)
+    config = kind.load_config(ref.base, subfolder=family.network, revision=ref.revision)
     with torch.device("meta"):
-        names = [name for name, _ in kind.from_config(config).named_modules()]
+        outline: torch.nn.Module = kind.from_config(config)
+    return outline
+
+
+def check_lora_targets(base: str, revision: str | None, targets: list[str]) -> None:
+    """Refuse endings that no layer of the network has. Builds the network without weights."""
+    names = [name for name, _ in network_outline(ModelRef(base, revision)).named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             known = sorted({name.rsplit(".", 1)[-1] for name in names if name and not name[-1].isdigit()})
@@ -165,9 +170,9 @@ def load_pipeline(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
     family = family_for(ref)
     quiet_libraries()
     precision = resolve_dtype(dtype, device)
-    parts: dict[str, Any] = {family.network: load_network(ref, device, dtype)} if ref.network else {}
-    if "safety_checker" in model_index(ref.base, ref.revision):
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
+    parts = _left_out(ref)
+    if ref.network:
+        parts[family.network] = load_network(ref, device, dtype)
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(
         ref.base, revision=ref.revision, dtype=precision, **parts
     )
@@ -179,6 +184,14 @@ def load_pipeline(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
     pipeline.to(device)
     prefer_channels_last(getattr(pipeline, family.network))
     return pipeline
+
+
+def _left_out(ref: ModelRef) -> dict[str, Any]:
+    """Parts that are not loaded: the safety checker, and what the checkpoint itself says it has not (SD3 without T5),
+    which diffusers wants to be told."""
+    index = model_index(ref.base, ref.revision)
+    parts: dict[str, Any] = {name: None for name, kind in index.items() if kind == [None, None]}
+    return parts | ({"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {})
 
 
 def fuse_adapter(network: "torch.nn.Module", adapter: str, prefix: str) -> None:
@@ -223,7 +236,7 @@ def load_network(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "to
 
 
 def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "DiffusionPipeline":
-    """The pipeline without its network: enough to embed prompts and to encode pictures.
+    """The pipeline with an outline of its network only: enough to embed prompts and to encode pictures.
 
     The autoencoder is in float32 where half precision would cost it digits (bfloat16) or overflow: what it encodes is
     kept.
@@ -234,20 +247,16 @@ def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
     family = family_for(ref)
     quiet_libraries()
     precision = resolve_dtype(dtype, device)
+    parts = _left_out(ref) | {family.network: network_outline(ref)}
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(
-        ref.base, revision=ref.revision, dtype=precision, **_without(ref, family.network)
+        ref.base, revision=ref.revision, dtype=precision, **parts
     )
     if precision == torch.bfloat16 or (precision == torch.float16 and pipeline.vae.config.force_upcast):
         pipeline.vae.to(torch.float32)
-    return pipeline.to(device)
-
-
-def _without(ref: ModelRef, *parts: str) -> dict[str, Any]:
-    """What to tell `from_pretrained` so that these parts, and the safety checker, are not loaded."""
-    left_out: dict[str, Any] = dict.fromkeys(parts)
-    if "safety_checker" in model_index(ref.base, ref.revision):
-        left_out |= {"safety_checker": None, "requires_safety_checker": False}
-    return left_out
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and name != family.network:
+            part.to(device)
+    return pipeline
 
 
 def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
@@ -258,7 +267,8 @@ def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
     from training.sampling import negative_prompt
 
     family = family_for(ref)
-    parts = _without(ref, family.network, "vae")
+    # Nothing is drawn, but SD3 without T5 asks the network for the width of its embeddings.
+    parts = _left_out(ref) | {family.network: network_outline(ref), "vae": None}
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(ref.base, revision=ref.revision, **parts)
     embedded: PromptEmbeddings = negative_prompt(pipeline).map(lambda each: each.float())
     return embedded

@@ -143,10 +143,11 @@ def shift_of(scheduler: Mapping[str, Any], tokens: int) -> float:
     """The shift that a flow model's scheduler config asks for.
 
     tokens: the transformer's picture tokens, from which a "dynamic" shift follows as in diffusers' FluxPipeline: its
-    logarithm is linear in them.
+    logarithm is linear in them, or, where the config says so, the shift itself.
     """
     if not scheduler.get("use_dynamic_shifting"):
         return float(scheduler.get("shift", 1.0))
     few, many = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
     low, high = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    return math.exp(low + (high - low) * (tokens - few) / (many - few))
+    found = float(low + (high - low) * (tokens - few) / (many - few))
+    return found if scheduler.get("time_shift_type") == "linear" else math.exp(found)

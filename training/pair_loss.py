@@ -15,6 +15,7 @@ from training.noise import NoiseProcess, draw, generator_of
 from training.plan import TrainingPlan
 from training.policy import Policy
 from training.reference_errors import ReferenceErrors
+from training.shards import ShardError
 
 BY_QUARTILE = ("winner_error_delta", "loser_error_delta", "margin")
 
@@ -109,6 +110,11 @@ class PairLoss:
 
     def _prompts(self, prompts: PromptEmbeddings, draws: list[tuple[str, int]]) -> PromptEmbeddings:
         """A share of draws sees the empty prompt; both sides of a pair see the same."""
+        if self.family.pooled and prompts.pooled is None:
+            raise ShardError(
+                f"{self.plan.pairs}: no column pooled_embedding, which a {self.family.pipeline} takes; the pairs are "
+                "another model's"
+            )
         if self.empty is None or _held_out(draws):
             return prompts
         keys = [generator_of(f"{self.plan.seed}:prompt:{pair}:{number}") for pair, number in draws]

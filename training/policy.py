@@ -22,7 +22,6 @@ from training.models import (
     fuse_adapter,
     load_network,
     prefer_channels_last,
-    resolve_dtype,
 )
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class LoraPolicy:
         self, ref: ModelRef, lora: Lora, device: str, dtype: str, seed: int, moving_reference: bool = False
     ) -> None:
         self.family = family_for(ref)
-        self.network = load_network(ref, device, "float32")  # adapters are loaded in the precision of the network
+        self.network = load_network(ref, device, dtype)
         self.network.requires_grad_(False)
         if ref.adapter:
             self._start_from(ref.adapter, lora)
@@ -74,7 +73,6 @@ class LoraPolicy:
             self._start_anew(lora, seed, [POLICY, REFERENCE] if moving_reference else [POLICY])
         prefer_channels_last(self.network)
         self._layers = _adapter_layers(self.network)
-        self._narrow(resolve_dtype(dtype, device))
 
     def _start_anew(self, lora: Lora, seed: int, names: list[str]) -> None:
         """Adapters that change nothing yet, all with the same weights."""
@@ -83,6 +81,17 @@ class LoraPolicy:
                 torch.manual_seed(seed)
                 self.network.add_adapter(lora.config(), name)
         self._train_policy_only()
+        if lora.dora:
+            self._measure(names)
+
+    def _measure(self, names: list[str]) -> None:
+        """DoRA's magnitudes, which were measured in the precision of the network, in float32, as each forward pass
+        measures the weights: the policy then starts at the reference exactly."""
+        for layer in _adapter_layers(self.network):
+            for name in names:
+                magnitude = layer.lora_magnitude_vector[name]
+                norm = magnitude.get_weight_norm(layer.get_base_layer().weight.float(), 0.0, 1.0)
+                magnitude.weight.data = norm.detach()
 
     def _start_from(self, adapter: str, lora: Lora) -> None:
         """The champion's adapter twice: frozen as the reference, and as where the policy starts."""
@@ -91,25 +100,33 @@ class LoraPolicy:
                 adapter, weight_name=ADAPTER_FILE, adapter_name=name, prefix=self.family.network
             )
         config = self.network.peft_config[POLICY]
-        found, asked = (config.r, float(config.lora_alpha)), (lora.rank, float(lora.alpha))
-        if found != asked:
+        found = (config.r, float(config.lora_alpha), config.use_dora)
+        if found != (lora.rank, float(lora.alpha), lora.dora):
             raise ModelError(
-                f"training.lora_rank={lora.rank} and lora_alpha={lora.alpha:g}, but the champion's adapter {adapter} "
-                f"has rank {found[0]} and alpha {found[1]:g}; train with these, or give a new name as experiment to "
-                "start from the base model"
+                f"training.lora_rank={lora.rank}, lora_alpha={lora.alpha:g} and lora_dora={lora.dora}, but the "
+                f"champion's adapter {adapter} has rank {found[0]} and alpha {found[1]:g}, and dora={found[2]}; train "
+                "with these, or give a new name as experiment to start from the base model"
             )
         self._train_policy_only()
+        self._unround(Path(adapter) / ADAPTER_FILE)
+
+    def _unround(self, file: Path) -> None:
+        """The file's own numbers: on loading they took the precision of the network."""
+        from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+        from peft import set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        own = {name.removeprefix(f"{self.family.network}."): tensor for name, tensor in load_file(file).items()}
+        own = convert_unet_state_dict_to_peft(own)  # files of version 0.1 have diffusers' older names
+        for name in (REFERENCE, POLICY):
+            set_peft_model_state_dict(self.network, own, name)
 
     def _train_policy_only(self) -> None:
         self.network.set_adapter(POLICY)
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(f".{POLICY}." in name)
-
-    def _narrow(self, precision: torch.dtype) -> None:
-        """Everything but the adapters in the given precision."""
-        for name, parameter in self.network.named_parameters():
-            if "lora_" not in name:
-                parameter.data = parameter.data.to(precision)
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [p for p in self.network.parameters() if p.requires_grad]
@@ -154,7 +171,10 @@ class LoraPolicy:
         _copy(weights, self.reference_weights())
 
     def export(self, folder: Path) -> Path:
-        """Write the adapter as the pipeline's `load_lora_weights` reads it; returns the weights file."""
+        """Write the adapter as the pipeline's `load_lora_weights` reads it; returns the weights file.
+
+        Under peft's names: diffusers' older ones exist for some layers only, and a file that mixes both loads in part.
+        """
         import diffusers
         from peft import get_peft_model_state_dict
 

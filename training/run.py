@@ -126,6 +126,7 @@ class Run:
                 # The gradients of the processes are averaged, not added.
                 self.accelerator.backward(output.loss.sum() * self.accelerator.num_processes / plan.batch_size)
             outputs.append(LossOutput(output.loss.detach(), output.metrics))
+        self._share_reference_errors()
         norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), plan.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -149,6 +150,18 @@ class Run:
         own = np.split(np.asarray(positions), processes)[self.accelerator.process_index]
         passes = -(-len(own) // self.plan.micro_batch_size)
         return [self.pairs.read([(epoch, index) for epoch, index in part]) for part in np.array_split(own, passes)]
+
+    def _share_reference_errors(self) -> None:
+        """What one process asked of the reference is known to all: the next epoch divides the pairs otherwise."""
+        if self.kept is None:
+            return
+        from accelerate.utils import gather_object
+
+        new = self.kept.take_new()
+        if self.accelerator.num_processes > 1:
+            for indices, draws, errors in gather_object(new):
+                self.kept.put(indices, draws, errors)
+            self.kept.take_new()
 
     def _refresh_reference(self) -> None:
         self.policy.refresh_reference()

@@ -4,7 +4,7 @@ One generator per image: a picture depends on its own seed and prompt, never on 
 count it was drawn with (the idea of NVlabs/edm2's StackedRandomGenerator).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,12 @@ def scheduler_options(name: str) -> list[str]:
     import diffusers
 
     return [option for option in inspect.signature(getattr(diffusers, name).__init__).parameters if option != "self"]
+
+
+def flow_scheduler(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a scheduler with these options draws from models trained by flow matching; else from diffusion models."""
+    told = bool(options.get("use_flow_sigmas")) and options.get("prediction_type") == "flow_prediction"
+    return name.startswith("FlowMatch") or told
 
 
 def use_sampler(pipeline: "DiffusionPipeline", sampler: Sampler) -> None:

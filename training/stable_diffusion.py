@@ -20,7 +20,7 @@ class StableDiffusion(Family):
     pipeline = "StableDiffusionPipeline"
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
-        tokens, _ = pipeline.encode_prompt(prompts, pipeline.device, 1, do_classifier_free_guidance=False)
+        tokens, _ = pipeline.encode_prompt(prompts, pipeline.text_encoder.device, 1, do_classifier_free_guidance=False)
         return PromptEmbeddings(tokens)
 
     def sample(
@@ -64,7 +64,7 @@ class StableDiffusionXL(StableDiffusion):
     takes_time_ids = True
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
-        found = pipeline.encode_prompt(prompts, device=pipeline.device, do_classifier_free_guidance=False)
+        found = pipeline.encode_prompt(prompts, device=pipeline.text_encoder.device, do_classifier_free_guidance=False)
         return PromptEmbeddings(found[0], found[2])
 
     def negative(self, pipeline: "DiffusionPipeline") -> PromptEmbeddings:
