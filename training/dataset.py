@@ -7,6 +7,7 @@ another number of processes sees the same pairs in the same order.
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -183,5 +184,6 @@ def positions_of_step(step: int, batch_size: int, pairs: int, seed: int) -> list
     return positions
 
 
+@lru_cache(maxsize=2)  # of two epochs where a step crosses from one to the next
 def _permutation(seed: int, epoch: int, pairs: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(pairs)

@@ -16,6 +16,7 @@ from training.plan import TrainingPlan
 from training.policy import Policy
 from training.reference_errors import ReferenceErrors
 from training.shards import ShardError
+from training.transfer import to_device
 
 BY_QUARTILE = ("winner_error_delta", "loser_error_delta", "margin")
 
@@ -65,7 +66,8 @@ class PairLoss:
         kept: ReferenceErrors | None,
     ) -> None:
         self.plan, self.policy, self.network, self.process = plan, policy, network, process
-        self.device, self.autocast, self.whole, self.empty, self.kept = device, autocast, whole, empty, kept
+        self.device, self.autocast, self.empty, self.kept = device, autocast, empty, kept
+        self.whole = None if whole is None else torch.tensor([whole], dtype=torch.float32, device=device)
         self.family: Family = policy.family
         self.needs = LOSSES[plan.loss]
         self.precision = next(policy.network.parameters()).dtype
@@ -82,7 +84,7 @@ class PairLoss:
         errors |= _by_side("policy", self._errors(predicted, inputs).view(sides, -1))
         if self.needs.alignment:
             errors["alignment"] = self._alignment(predicted, inputs)
-        labels = PairLabels(batch.soft_label.to(self.device), batch.margin.to(self.device))
+        labels = PairLabels(to_device(batch.soft_label, self.device), to_device(batch.margin, self.device))
         found, options = PairErrors(**errors), LossOptions.of(self.plan)
         loss, metrics = preference_loss(self.plan.loss, found, kappa_of(self.plan.beta), options, labels)
         metrics |= reference_errors(found)
@@ -96,10 +98,10 @@ class PairLoss:
         images = [batch.winner, batch.loser][:sides]
         draws = [(pair, number) for (pair, _), number in zip(batch.draws, numbers, strict=True)]
         noise, times = draw(self.plan.seed, draws, tuple(batch.winner.shape[1:]), self.process.draw_time)
-        noise, times = (_repeat(_to(each, self.device), sides) for each in (noise, times))
-        latents = _to(torch.cat(images), self.device)
+        noise, times = (_repeat(to_device(each, self.device), sides) for each in (noise, times))
+        latents = to_device(torch.cat(images), self.device)
         noisy = self.process.add_noise(latents, noise, times)
-        prompts = self._prompts(batch.prompts, draws).map(lambda each: _repeat(_to(each, self.device), sides))
+        prompts = self._prompts(batch.prompts, draws).map(lambda each: _repeat(to_device(each, self.device), sides))
         conditions = Conditions(
             prompts.to(self.device, self.precision), self._sizes(batch, sides), self.plan.guidance_input
         )
@@ -132,22 +134,19 @@ class PairLoss:
         if self.whole is None:
             return None
         if batch.time_ids is None:
-            return torch.tensor([self.whole], dtype=torch.float32, device=self.device).repeat(
-                sides * len(batch.draws), 1
-            )
-        return _to(batch.time_ids[:, :sides].transpose(0, 1).flatten(0, 1), self.device)
+            return self.whole.repeat(sides * len(batch.draws), 1)
+        return to_device(batch.time_ids[:, :sides].transpose(0, 1).flatten(0, 1), self.device)
 
     def _reference_errors(self, inputs: _Inputs, batch: PairBatch, numbers: list[int], sides: int) -> torch.Tensor:
         """(sides, pairs); from what is kept where it is."""
         if self.kept is None or _held_out(batch.draws):
             return self._reference(inputs).view(sides, -1)
-        errors = self.kept.get(batch.indices, numbers, sides)
-        missing = errors.isnan().any(0)
-        if missing.any():
-            new = self._reference(inputs.rows(missing.repeat(sides).to(self.device))).view(sides, -1)
-            errors[:, missing] = new.cpu()
-            self.kept.put(batch.indices, numbers, errors)
-        return _to(errors, self.device)
+        missing = self.kept.missing(batch.indices, numbers)
+        if missing:
+            chosen = torch.tensor(missing) + len(numbers) * torch.arange(sides)[:, None]
+            new = self._reference(inputs.rows(to_device(chosen.flatten(), self.device))).view(sides, -1)
+            self.kept.put([batch.indices[row] for row in missing], [numbers[row] for row in missing], new)
+        return self.kept.get(batch.indices, numbers, sides)
 
     def _reference(self, inputs: _Inputs) -> torch.Tensor:
         with self.policy.reference() as network:
@@ -183,10 +182,3 @@ def _by_side(network: str, errors: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _repeat(each: torch.Tensor, sides: int) -> torch.Tensor:
     return each.repeat(sides, *[1] * (each.ndim - 1))
-
-
-def _to(each: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device without waiting for it."""
-    if device.type == "cuda":
-        return each.pin_memory().to(device, non_blocking=True)
-    return each.to(device)

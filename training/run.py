@@ -60,7 +60,8 @@ class Run:
         )
         self.ema = Ema(self.policy.weights(), plan.ema) if plan.ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.policy.network, optimizer)
-        self.kept = ReferenceErrors(len(self.pairs), plan.noise_draws) if plan.noise_draws else None
+        draws = plan.noise_draws
+        self.kept = ReferenceErrors(len(self.pairs), draws, self.device) if draws else None
         self.loss = self._loss()
 
     def _loss(self) -> PairLoss:
@@ -85,7 +86,7 @@ class Run:
         if "reference" in state.tensors:
             self.policy.load_reference(state.tensors["reference"])
         if self.kept is not None:
-            self.kept.values = state.tensors["reference_errors"]["values"]
+            self.kept.load(state.tensors["reference_errors"]["values"])
         averaged = state.optimizer.pop("ema", None)
         if self.ema is not None:
             self.ema.load(averaged)
@@ -159,8 +160,8 @@ class Run:
 
         new = self.kept.take_new()
         if self.accelerator.num_processes > 1:
-            for indices, draws, errors in gather_object(new):
-                self.kept.put(indices, draws, errors)
+            for indices, draws, errors in gather_object([(*place, errors.cpu()) for *place, errors in new]):
+                self.kept.put(indices, draws, errors.to(self.device))
             self.kept.take_new()
 
     def _refresh_reference(self) -> None:

@@ -144,9 +144,7 @@ def test_a_picture_is_covered_cropped_and_told_of() -> None:
     assert time_ids == [200, 50, 112, 0, 32, 64] and pixels.shape == (32, 64, 3)
     stripes = np.repeat(np.arange(512) % 2 * 255, 3).reshape(1, 512, 3).astype(np.uint8).repeat(512, 0)
     grey = fit(Image.fromarray(stripes), 64, 64)[0]
-    assert abs(grey.astype(float) - 127.5).max() < 4, (
-        "shrinking without smoothing would keep the stripes, or one colour"
-    )
+    assert abs(grey.astype(float) - 127.5).max() < 10, "shrunk without smoothing, stripes stay black or white"
 
 
 def test_swapped_labels_swap_winner_and_loser(job: Import, tiny_preset: Path, tmp_path: Path) -> None:
