@@ -64,33 +64,6 @@ def save_pipeline(folder: Path, prediction_type: str = "epsilon", seed: int = 0)
     return folder
 
 
-def save_sdxl(folder: Path, seed: int = 0) -> Path:
-    """A Stable Diffusion XL shaped pipeline, 32 px pictures: two text encoders, pooled embeddings and sizes."""
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(seed)
-    text = CLIPTextConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, projection_dim=24, **SPECIAL
-    )
-    StableDiffusionXLPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=4,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
-            addition_time_embed_dim=4, projection_class_embeddings_input_dim=24 + 6 * 4, use_linear_projection=True,
-        ),
-        vae=AutoencoderKL(
-            block_out_channels=(8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 3, latent_channels=4,
-            up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, sample_size=32, scaling_factor=0.13025,
-        ),
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text),
-        tokenizer=clip_tokenizer(), tokenizer_2=clip_tokenizer(), add_watermarker=False,
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
-
-
 def save_pickscore(folder: Path, seed: int = 1) -> Path:
     """A PickScore-format scorer: transformers CLIPModel and CLIPProcessor."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor

@@ -236,7 +236,7 @@ def load_network(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "to
 
 
 def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "DiffusionPipeline":
-    """The pipeline without its network: enough to embed prompts and to encode pictures.
+    """The pipeline with an outline of its network only: enough to embed prompts and to encode pictures.
 
     The autoencoder is in float32 where half precision would cost it digits (bfloat16) or overflow: what it encodes is
     kept.
@@ -247,13 +247,16 @@ def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
     family = family_for(ref)
     quiet_libraries()
     precision = resolve_dtype(dtype, device)
-    parts = _left_out(ref) | {family.network: None}
+    parts = _left_out(ref) | {family.network: network_outline(ref)}
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(
         ref.base, revision=ref.revision, dtype=precision, **parts
     )
     if precision == torch.bfloat16 or (precision == torch.float16 and pipeline.vae.config.force_upcast):
         pipeline.vae.to(torch.float32)
-    return pipeline.to(device)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and name != family.network:
+            part.to(device)
+    return pipeline
 
 
 def embed_negative(ref: ModelRef) -> "PromptEmbeddings":

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from tasks.recipe import SECTIONS, ParameterError, Recipe, resolve
 from tasks.train_alone import check_pairs, start_model
+from tests.families import save_sdxl
 from tests.tasks.test_import_pairs import row, save
-from tests.tiny import save_sdxl
 from tests.training.worlds import make_plan, save_pairs
 from training.checkpoint import CheckpointRecord
 from training.models import ADAPTER_FILE, ModelRef, load_pipeline
@@ -174,7 +174,7 @@ def test_sdxl_is_told_each_pictures_own_size_and_crop(
     assert table["time_ids_0"].to_pylist() == [winner] * 4 and table["time_ids_1"].to_pylist() == [loser] * 4
     assert table.schema.field("pooled_embedding").type.list_size == 24
     assert [each.tolist() for each in told] == [[winner] * 4 + [loser] * 4] * 2  # reference and policy
-    with pytest.raises(ParameterError, match=r"embedding width 16, the model's 32; pooled width None, the model's 24"):
+    with pytest.raises(ParameterError, match=r"embedding width 16, the model's 40; pooled width None, the model's 24"):
         run(tiny_preset, tmp_path, pairs, base_model=base)
 
 
