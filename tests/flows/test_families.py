@@ -16,6 +16,8 @@ SCHEDULERS = {"sdxl": "EulerDiscreteScheduler", "sd3": "FlowMatchEulerDiscreteSc
 
 
 @pytest.mark.usefixtures("prefect_server")
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_pooled_embeddings_reach_the_pairs_and_the_training(
     tiny_preset: Path, bases: FamilyBases, tmp_path: Path, name: str

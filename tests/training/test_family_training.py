@@ -123,12 +123,12 @@ def conditions_of(run: Run, epoch: int = 0) -> tuple[Conditions, int]:
 def test_each_picture_has_its_own_size_and_the_pair_its_pooled_embedding(
     bases: FamilyBases, tmp_path: Path, told: bool
 ) -> None:
-    """Against the columns themselves. Where the shards tell no sizes, pictures are whole: 8 x 8 latents, 32 pixels."""
-    run = Run(plan_in(bases, "sdxl", tmp_path, shapes=SHAPES["sdxl"]._replace(time_ids=told)))
+    """Against the columns themselves. Where the shards tell no sizes, pictures are whole: 4 pixels a latent pixel."""
+    run = Run(plan_in(bases, "sdxl", tmp_path, shapes=SHAPES["sdxl"]._replace(latent=(4, 8, 12), time_ids=told)))
     conditions, count = conditions_of(run)
     tables = [read_shard(tmp_path / "pairs" / f"{index:05d}-of-00002.arrow") for index in range(2)]
     won = [int(label) for table in tables for label in table["label_1"].to_pylist()]
-    expected = [[32, 32, 0, 0, 32, 32]] * 2 * count
+    expected = [[32, 48, 0, 0, 32, 48]] * 2 * count
     if told:
         sides = [[row for table in tables for row in table[f"time_ids_{side}"].to_pylist()] for side in (0, 1)]
         winners = [sides[side][row] for row, side in enumerate(won)]
