@@ -88,7 +88,7 @@ def drawn(network: torch.nn.Module) -> torch.nn.Module:
     ("save", "shapes", "smallest"),
     [
         (save_flux, Shapes((16, 32, 32), (512, 4096), 768), 6e8),
-        (save_sd3, Shapes((16, 32, 32), (333, 4096), 2048), 2.5e8),
+        (save_sd3, Shapes((16, 32, 32), (333, 4096), 2048), 2.4e8),
         (save_sdxl, Shapes((4, 32, 32), (77, 2048), 1280), SDXL_UNET),
     ],
     ids=["flux", "sd3", "sdxl"],
