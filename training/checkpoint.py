@@ -110,15 +110,15 @@ def load_state(folder: Path, limit: int) -> State | None:
     return State(int(newest.name.split("-")[1]), tensors, optimizer)
 
 
-def weights_sha256(path: Path) -> str:
-    """Hex digest over the names, types and values of a safetensors file.
+def weights_sha256(*paths: Path) -> str:
+    """Hex digest over the names, types and values of a model's safetensors files.
 
-    Not over its bytes: the library writes the header's metadata in an order that changes from run to run.
+    Not over their bytes: the library writes the header's metadata in an order that changes from run to run.
     """
     from safetensors.torch import load_file
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_file(path).items()):
+    for name, tensor in (item for path in paths for item in sorted(load_file(path).items())):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

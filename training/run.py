@@ -227,13 +227,13 @@ class Run:
         kind = "adapter" if plan.method == "lora" else self.policy.family.network
         with self.ema.applied(self.policy.weights()) if self.ema is not None else nullcontext():
             publish_folder(output / kind, self._export)
-        weights = next((output / kind).glob("*.safetensors"))
+        weights = sorted((output / kind).glob("*.safetensors"))
         model = ModelRef(plan.model.base, plan.model.revision, plan.model.network, str(output / kind))
         if plan.method == "full":
             model = ModelRef(plan.model.base, plan.model.revision, str(output / kind), None)
         record = CheckpointRecord(
             model, plan.method, plan.steps, len(self.pairs), plan.beta, kappa_of(plan.beta),
-            weights_sha256(weights), final_metrics(history), plan.loss, warnings_of(plan, history),
+            weights_sha256(*weights), final_metrics(history), plan.loss, warnings_of(plan, history),
         )  # fmt: skip
         record.write(output)
 
