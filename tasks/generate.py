@@ -86,8 +86,8 @@ def part_model(plan: Plan, cycle: Cycle, part: Part) -> tuple[ModelRef, str]:
 def trained_model(plan: Plan, cycle: Cycle, record: CheckpointRecord) -> tuple[ModelRef, str]:
     """What the cycle trained, with paths relative to the experiment's folder."""
     start = ModelRef.read(plan.start)
-    made = record.model.adapter if record.method == "lora" else record.model.network
-    trained = str((cycle.training / Path(str(made)).name).relative_to(cycle.folder.parent.parent))
+    made = "adapter" if record.method == "lora" else Path(str(record.model.network)).name
+    trained = str((cycle.training / made).relative_to(cycle.folder.parent.parent))
     model = ModelRef(start.base, start.revision, start.network, trained)
     if record.method == "full":
         model = ModelRef(start.base, start.revision, trained, None)

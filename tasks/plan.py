@@ -269,7 +269,7 @@ def _check_adapter(cycle: Cycle, model: ModelRef, recipe: Recipe) -> None:
     if not model.adapter or recipe.training.method != "lora":
         return
     old, new = read_plan(cycle).recipe.training, recipe.training
-    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+    for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_dora"):
         if getattr(old, name) != getattr(new, name):
             raise ParameterError(
                 f"training.{name}={getattr(new, name)!r}, but the champion's adapter was trained with "

@@ -1,7 +1,7 @@
 """One training by hand, in as many processes as a launcher starts: `accelerate launch -m training plan.json`.
 
-`plan.json` is what `TrainingPlan.write` wrote; the flow leaves one beside every training. With accelerate's own
-configuration file that is also the way to FSDP or DeepSpeed.
+`plan.json` is what `TrainingPlan.write` wrote; the flow leaves one beside every training. Data parallel only: FSDP
+and DeepSpeed are refused.
 """
 
 import argparse

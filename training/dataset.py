@@ -68,7 +68,7 @@ class PreferencePairs:
             raise ShardError(f"{folder}: no trainable pair: all are tied, unlabelled or of identical images")
         self._rows.sort(key=lambda row: _held_out(row.prompt_id, heldout_share))  # stable: else as in the shards
         self.heldout = sum(_held_out(row.prompt_id, heldout_share) for row in self._rows)
-        if heldout_share and not 0 < self.heldout < len(self._rows):
+        if self.heldout == len(self._rows):
             raise ShardError(
                 f"training.heldout_share={heldout_share}: holds back {self.heldout} of the {len(self._rows)} pairs in "
                 f"{folder}; change it, or use 0"

@@ -32,9 +32,12 @@ def process_count(asked: int, device: str, batch_size: int) -> int:
         raise ValueError(f"execution.processes={asked}: execution.device={device!r} is a single one; use 'cuda'")
     if asked and batch_size % asked:
         raise ValueError(f"training.batch_size={batch_size}: must be a multiple of execution.processes={asked}")
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    if gpus and asked > gpus:
+        raise ValueError(f"execution.processes={asked}: this machine has {gpus} GPUs, and two cannot share one; use 0")
     if asked or device not in ("auto", "cuda"):
         return asked or 1
-    return max(count for count in range(1, max(1, torch.cuda.device_count()) + 1) if batch_size % count == 0)
+    return max(count for count in range(1, max(1, gpus) + 1) if batch_size % count == 0)
 
 
 def launch(plan: TrainingPlan, processes: int, on_step: Callable[[int, Metrics], None]) -> CheckpointRecord:
@@ -47,7 +50,8 @@ def launch(plan: TrainingPlan, processes: int, on_step: Callable[[int, Metrics],
     if finished:
         return finished
     output.mkdir(parents=True, exist_ok=True)
-    plan.write(output / PLAN)  # also for whoever wants to go on by hand
+    if not (output / PLAN).is_file() or TrainingPlan.read(output / PLAN) != plan:
+        plan.write(output / PLAN)  # also for whoever wants to go on by hand
     if processes == 1:
         return train(plan, on_step)
     process = _start(output, processes)
@@ -99,6 +103,6 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 def _failure(log: Path) -> Exception:
     text = log.read_text(errors="replace")
     for line in text.splitlines():
-        if TrainingDiverged.__name__ in line:
-            return TrainingDiverged(line.split(f"{TrainingDiverged.__name__}: ", 1)[-1])
+        if (told := f"{TrainingDiverged.__name__}: ") in line:  # not the line of code that raises it
+            return TrainingDiverged(line.split(told, 1)[1])
     return TrainingFailed(f"the training's processes ended without a result; the end of {log}:\n{text[-3000:]}")

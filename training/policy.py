@@ -151,6 +151,10 @@ class LoraPolicy:
                 layer._active_adapter = [POLICY]
                 layer._disable_adapters = False
 
+    def compile(self) -> None:
+        """Compile the network's repeated blocks."""
+        self.network.compile_repeated_blocks()
+
     def refresh_reference(self) -> None:
         """From now on the reference is what the policy is at this moment."""
         self.load_reference({name.replace(f".{POLICY}.", f".{REFERENCE}."): p for name, p in self.weights().items()})
@@ -217,6 +221,11 @@ class FullPolicy:
         with torch.no_grad():
             yield self._reference.to(self._device)
         self._reference.to(self._home)
+
+    def compile(self) -> None:
+        """Compile the repeated blocks of both: one that is not would round otherwise."""
+        for network in (self.network, self._reference):
+            network.compile_repeated_blocks()
 
     def refresh_reference(self) -> None:
         """From now on the reference is what the policy is at this moment."""

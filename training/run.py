@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FROZEN = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """Precision of frozen weights under each autocast precision, unless the plan names one: a float16 network without
 autocast would be trained without loss scaling."""
-HELDOUT_DRAWS = 4
+HELDOUT_DRAWS, HELDOUT_PAIRS = 4, 256
 Metrics = dict[str, float]
 
 
@@ -42,6 +42,8 @@ class Run:
         self.accelerator = _accelerator(plan)
         self.device = self.accelerator.device
         self.first_process: bool = self.accelerator.is_main_process
+        if (kind := self.accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise ValueError(f"accelerate is set up for {kind}; only data parallel training is supported")
         if plan.batch_size % self.accelerator.num_processes:
             raise ValueError(
                 f"training.batch_size={plan.batch_size}: must be a multiple of the number of processes, "
@@ -51,7 +53,7 @@ class Run:
         if plan.gradient_checkpointing:
             self.policy.network.enable_gradient_checkpointing()
         if plan.compile:
-            self.policy.network.compile_repeated_blocks()
+            self.policy.compile()
         self.optimizer: torch.optim.Optimizer
         # Fused kernels skip an overflowed float16 step inside, where nobody learns of it.
         fused = plan.mixed_precision != "fp16"
@@ -171,8 +173,8 @@ class Run:
 
     @torch.no_grad()
     def look_at_heldout(self) -> Metrics:
-        """The metrics of the held-out pairs, each with HELDOUT_DRAWS draws that are always the same."""
-        first, count = len(self.pairs), self.pairs.heldout
+        """The metrics of the first HELDOUT_PAIRS held-out pairs, each with HELDOUT_DRAWS draws, always the same."""
+        first, count = len(self.pairs), min(self.pairs.heldout, HELDOUT_PAIRS)
         places = [(-1 - number, first + index) for index in range(count) for number in range(HELDOUT_DRAWS)]
         # A process without a share of its own would leave the others waiting.
         own = places[self.accelerator.process_index :: self.accelerator.num_processes] or places[:1]
@@ -264,6 +266,8 @@ def _policy(plan: TrainingPlan, device: str) -> Policy:
     if plan.method == "full":
         return FullPolicy(plan.model, device, plan.offload_reference)
     frozen = FROZEN[plan.mixed_precision] if plan.dtype == "auto" else plan.dtype
+    if (frozen, plan.mixed_precision) == ("float16", "no"):
+        frozen = "float32"  # small gradients would vanish without loss scaling
     return LoraPolicy(plan.model, plan.lora, device, frozen, plan.seed, bool(plan.refresh_reference))
 
 

@@ -37,7 +37,7 @@ def plan_in(bases: FamilyBases, name: str, folder: Path, **changes: Any) -> Trai
     shapes = changes.pop("shapes", SHAPES[name])
     if not (folder / "base").exists():
         (folder / "base").symlink_to(bases.folder(name))
-    return make_plan(folder, shapes, **{"guidance": 3.5 if name == "flux-dev" else 1.0, **changes})
+    return make_plan(folder, shapes, **{"guidance_input": 3.5 if name == "flux-dev" else 1.0, **changes})
 
 
 def picture(pipeline: Any) -> np.ndarray:

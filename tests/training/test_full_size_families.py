@@ -101,7 +101,7 @@ def test_a_step_at_true_width(
     gc.collect()
     plan = make_plan(
         tmp_path, shapes, steps=1, batch_size=1, micro_batch_size=1, lora=Lora(8, 8.0), dtype="bfloat16",
-        mixed_precision="bf16", gradient_checkpointing=True, learning_rate=1e-2, guidance=3.5,
+        mixed_precision="bf16", gradient_checkpointing=True, learning_rate=1e-2, guidance_input=3.5,
     )  # fmt: skip
     record = train(plan)
     assert record.metrics["loss"] == pytest.approx(math.log(2), abs=1e-6) and record.metrics["grad_norm"] > 0

@@ -81,7 +81,7 @@ def test_every_update_is_the_one_that_peft_fuses(world: Path, tmp_path: Path, ki
     state = load_file(converted(world, kind, adapter))
     unet = load_unet(base)
     before = {name: p.detach().clone() for name, p in unet.named_parameters()}
-    fuse_adapter(unet, str(adapter))
+    fuse_adapter(unet, str(adapter), "unet")
     fused = dict(unet.named_parameters())
     names = flat_names(list(before), kind)
     keys = {key.split(".")[0] for key in state}

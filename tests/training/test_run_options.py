@@ -183,9 +183,11 @@ def test_held_out_pairs_are_looked_at_and_never_trained_on(world: Path, tmp_path
     assert all(parameter.grad is None for parameter in run.policy.parameters())
 
 
-def test_a_share_that_holds_back_nothing_is_refused(world: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"heldout_share=1e-09: holds back 0 of the 12 pairs"):
-        Run(plan_in(world, tmp_path, heldout_share=1e-9))
+def test_a_share_may_hold_back_nothing_but_not_everything(world: Path, tmp_path: Path) -> None:
+    run = Run(plan_in(world, tmp_path, heldout_share=1e-9))
+    assert run.pairs.heldout == 0 and "heldout_loss" not in run.step(49)
+    with pytest.raises(ShardError, match=r"heldout_share=0.99999: holds back 12 of the 12 pairs"):
+        Run(plan_in(world, tmp_path, heldout_share=0.99999))
 
 
 def test_dropped_prompts_are_dropped_for_both_sides_at_the_rate_asked_for(world: Path, tmp_path: Path) -> None:
@@ -232,7 +234,8 @@ def test_a_process_that_fails_says_why(world: Path, tmp_path: Path) -> None:
 
 
 def test_divergence_in_a_process_is_told_as_such(tmp_path: Path) -> None:
-    (tmp_path / "log").write_text("x\n[rank0]: training.diagnostics.TrainingDiverged: step 3: loss nan.\ny\n")
+    raised = "[rank0]:     raise TrainingDiverged(self._stopped())"
+    (tmp_path / "log").write_text(f"x\n{raised}\n[rank0]: training.diagnostics.TrainingDiverged: step 3: loss nan.\n")
     error = launching._failure(tmp_path / "log")
     assert isinstance(error, TrainingDiverged) and str(error) == "step 3: loss nan."
 

@@ -85,7 +85,7 @@ def test_the_names_are_those_of_accelerate() -> None:
 
 
 def test_unknown_names_and_repetitions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"training\.trackers: 'tensorbord' is unknown; there are tensorboard, wandb"):
+    with pytest.raises(ValueError, match=r"execution\.trackers: 'tensorbord' is unknown; there are tensorboard, wandb"):
         check_trackers(["tensorbord"])
     with pytest.raises(ValueError, match="named twice"):
         check_trackers(["tensorboard", "tensorboard"])
