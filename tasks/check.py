@@ -127,12 +127,15 @@ def _check_execution(recipe: Recipe, device: str) -> None:
     """What is not installed, or does not divide among the processes."""
     from training.launch import process_count
     from training.optimizers import check_optimizer
+    from training.sharding import check_sharding
     from training.trackers import check_trackers
 
     training, execution = recipe.training, recipe.execution
     try:
         check_optimizer(training.optimizer, device)
         check_trackers(execution.trackers)
+        if execution.shard:
+            check_sharding(training.optimizer, execution.offload_reference)
         process_count(execution.processes, execution.device, training.batch_size)
     except ValueError as error:
         raise ParameterError(str(error)) from error

@@ -181,5 +181,9 @@ class Execution(Section):
     gradient_checkpointing: bool = preset_value("Training computes activations again instead of keeping them.")
     compile: bool = preset_value("Training compiles the network's blocks: slow to begin, faster afterwards.")
     offload_reference: bool = preset_value("Full training: the frozen copy waits in main memory between its passes.")
+    shard: bool = preset_value(
+        "Where there are several processes, divide weights, gradients and optimizer states among them (FSDP), for "
+        "models that do not fit a single GPU."
+    )
     trackers: list[str] = preset_value("Where training metrics also go, by accelerate's names: tensorboard, wandb ...")
     images_per_shard: int = preset_value("Pictures a shard; a killed run loses at most the shard it was in.", ge=1)

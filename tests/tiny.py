@@ -169,6 +169,7 @@ processes = 0
 gradient_checkpointing = false
 compile = false
 offload_reference = false
+shard = false
 trackers = []
 images_per_shard = 12
 """

@@ -1,7 +1,8 @@
 """One training by hand, in as many processes as a launcher starts: `accelerate launch -m training plan.json`.
 
-`plan.json` is what `TrainingPlan.write` wrote; the flow leaves one beside every training. Data parallel only: FSDP
-and DeepSpeed are refused.
+`plan.json` is what `TrainingPlan.write` wrote; the flow leaves one beside every training. Data parallel, or with the
+weights divided among the processes (`"shard": true` in the plan, or `accelerate launch --use_fsdp --fsdp_version 2`);
+DeepSpeed is refused.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -105,4 +106,11 @@ def _failure(log: Path) -> Exception:
     for line in text.splitlines():
         if (told := f"{TrainingDiverged.__name__}: ") in line:  # not the line of code that raises it
             return TrainingDiverged(line.split(told, 1)[1])
-    return TrainingFailed(f"the training's processes ended without a result; the end of {log}:\n{text[-3000:]}")
+    return TrainingFailed(f"the training's processes ended without a result; from {log}:\n{_first_error(text)[-3000:]}")
+
+
+def _first_error(text: str) -> str:
+    """What the process that failed first said last; the others, and the launcher, only tell that it is gone."""
+    found = re.search(r"Root Cause.*?rank *: (\d+)", text, re.DOTALL)
+    own = [line for line in text.splitlines() if found and line.startswith(f"[rank{found[1]}]")]
+    return "\n".join(own) or text

@@ -5,8 +5,7 @@ Loads torch and the optimizers' libraries only where one is made: a recipe is ch
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -114,17 +113,6 @@ class Ema:
         """The averages, not copied."""
         return dict(self._average)
 
-    @contextmanager
-    def applied(self, parameters: "Mapping[str, torch.Tensor]") -> Iterator[None]:
-        """The tensors hold their averages inside, and what they held before afterwards."""
-        _check_names(self._average, parameters)
-        before = {name: tensor.detach().clone() for name, tensor in parameters.items()}
-        _copy(self._average, parameters)
-        try:
-            yield
-        finally:
-            _copy(before, parameters)
-
     def state(self) -> dict[str, Any]:
         """For `torch.save`; tensors and a number only."""
         return {"updates": self.updates, "average": self.weights()}
@@ -142,5 +130,7 @@ def _check_names(own: "Mapping[str, torch.Tensor]", other: "Mapping[str, torch.T
 
 
 def _copy(source: "Mapping[str, torch.Tensor]", target: "Mapping[str, torch.Tensor]") -> None:
+    from training.sharding import put
+
     for name, tensor in target.items():
-        tensor.detach().copy_(source[name])
+        put(source[name], tensor)

@@ -50,7 +50,8 @@ class PairLoss:
 
     network: the policy as it is called (wrapped, where accelerate wraps it). empty: the embedding of the empty prompt,
     one row, needed with prompt_dropout. whole: time ids of a picture at its own size, for families that take them.
-    kept: where the reference's errors are kept, None = computed each time.
+    kept: where the reference's errors are kept, None = computed each time. anywhere: whether something is so in any of
+    the processes that must run the networks at the same time as this one.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class PairLoss:
         whole: list[int] | None,
         empty: PromptEmbeddings | None,
         kept: ReferenceErrors | None,
+        anywhere: Callable[[bool], bool] = bool,
     ) -> None:
         self.plan, self.policy, self.network, self.process = plan, policy, network, process
-        self.device, self.autocast, self.empty, self.kept = device, autocast, empty, kept
+        self.device, self.autocast, self.empty, self.kept, self.anywhere = device, autocast, empty, kept, anywhere
         self.whole = None if whole is None else torch.tensor([whole], dtype=torch.float32, device=device)
         self.family: Family = policy.family
         self.needs = LOSSES[plan.loss]
@@ -142,10 +144,11 @@ class PairLoss:
         if self.kept is None or _held_out(batch.draws):
             return self._reference(inputs).view(sides, -1)
         missing = self.kept.missing(batch.indices, numbers)
-        if missing:
-            chosen = torch.tensor(missing) + len(numbers) * torch.arange(sides)[:, None]
+        if self.anywhere(bool(missing)):
+            rows = missing or [0]  # known already, but the other processes need our part of the network
+            chosen = torch.tensor(rows) + len(numbers) * torch.arange(sides)[:, None]
             new = self._reference(inputs.rows(to_device(chosen.flatten(), self.device))).view(sides, -1)
-            self.kept.put([batch.indices[row] for row in missing], [numbers[row] for row in missing], new)
+            self.kept.put([batch.indices[row] for row in rows], [numbers[row] for row in rows], new)
         return self.kept.get(batch.indices, numbers, sides)
 
     def _reference(self, inputs: _Inputs) -> torch.Tensor:

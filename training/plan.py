@@ -32,8 +32,9 @@ class TrainingPlan:
     exported; 0 = none. heldout_share: share of prompts whose pairs are only looked at, every `heldout_every` steps.
 
     checkpoint_every: steps between resumable checkpoints. dtype: of frozen weights. mixed_precision: "no",
-    "fp16" or "bf16". offload_reference: the frozen copy of a full training waits in main memory. trackers: by
-    accelerate's names. version: of this code, for the record.
+    "fp16" or "bf16". offload_reference: the frozen copy of a full training waits in main memory. shard: weights
+    are divided among the processes (see `sharding`). trackers: by accelerate's names. version: of this code, for the
+    record.
     """
 
     model: ModelRef
@@ -76,6 +77,7 @@ class TrainingPlan:
     gradient_checkpointing: bool = False
     compile: bool = False
     offload_reference: bool = False
+    shard: bool = False
     trackers: list[str] = field(default_factory=list)
     version: str = "unknown"
 

@@ -5,7 +5,7 @@ champion's adapter, a reference that is refreshed), with a frozen adapter in its
 frozen copy, which may wait in main memory.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from training.models import (
     load_network,
     prefer_channels_last,
 )
+from training.sharding import parts, put
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -161,7 +162,7 @@ class LoraPolicy:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name."""
-        return {name: p.detach() for name, p in self.network.named_parameters() if p.requires_grad}
+        return {name: p.detach() for name, p in parts(self.network) if p.requires_grad}
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put these in the place of the trained tensors."""
@@ -169,22 +170,26 @@ class LoraPolicy:
 
     def reference_weights(self) -> dict[str, torch.Tensor]:
         """The tensors that `refresh_reference` changes."""
-        return {name: p.detach() for name, p in self.network.named_parameters() if f".{REFERENCE}." in name}
+        return {name: p.detach() for name, p in parts(self.network) if f".{REFERENCE}." in name}
 
     def load_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
         _copy(weights, self.reference_weights())
 
-    def export(self, folder: Path) -> Path:
+    def shard_reference(self, shard: Callable[[torch.nn.Module], None]) -> None:
+        """Nothing to do: the reference is the network itself."""
+
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> Path:
         """Write the adapter as the pipeline's `load_lora_weights` reads it; returns the weights file.
 
-        Under peft's names: diffusers' older ones exist for some layers only, and a file that mixes both loads in part.
+        weights: by the names of `weights`, whole. In the file they have peft's names: diffusers' older ones exist for
+        some layers only, and a file that mixes both loads in part.
         """
         import diffusers
         from peft import get_peft_model_state_dict
 
         # PEFT's names throughout: `convert_state_dict_to_diffusers` renames attention layers alone, and a file of
         # which the first layer is named otherwise loads without them, with a warning.
-        state = get_peft_model_state_dict(self.network, adapter_name=POLICY)
+        state = get_peft_model_state_dict(self.network, dict(weights), adapter_name=POLICY)
         state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
         config = self.network.peft_config[POLICY].to_dict()
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
@@ -222,6 +227,10 @@ class FullPolicy:
             yield self._reference.to(self._device)
         self._reference.to(self._home)
 
+    def shard_reference(self, shard: Callable[[torch.nn.Module], None]) -> None:
+        """Divide the copy over the processes as well."""
+        shard(self._reference)
+
     def compile(self) -> None:
         """Compile the repeated blocks of both: one that is not would round otherwise."""
         for network in (self.network, self._reference):
@@ -233,7 +242,7 @@ class FullPolicy:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All tensors by name."""
-        return {name: parameter.detach() for name, parameter in self.network.named_parameters()}
+        return {name: parameter.detach() for name, parameter in parts(self.network)}
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put these in the place of the trained tensors."""
@@ -241,14 +250,23 @@ class FullPolicy:
 
     def reference_weights(self) -> dict[str, torch.Tensor]:
         """The tensors that `refresh_reference` changes."""
-        return {name: parameter.detach() for name, parameter in self._reference.named_parameters()}
+        return {name: parameter.detach() for name, parameter in parts(self._reference)}
 
     def load_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
         _copy(weights, self.reference_weights())
 
-    def export(self, folder: Path) -> Path:
-        """Write the network as `from_pretrained` of its class reads it; returns the weights file or its index."""
-        self.network.save_pretrained(folder)
+    def export(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> Path:
+        """Write the network as `from_pretrained` of its class reads it; returns the weights file or its index.
+
+        weights: by the names of `weights`, whole.
+        """
+        import diffusers
+
+        buffers = {name: tensor for name, tensor in self.network.state_dict().items() if name not in weights}
+        with torch.device("meta"):  # a frame for the weights: the network itself may be divided among processes
+            frame = getattr(diffusers, self.family.network_class).from_config(self.network.config)
+        frame.load_state_dict({**weights, **buffers}, assign=True)
+        frame.save_pretrained(folder)
         return next(path for path in sorted(folder.glob("diffusion_pytorch_model*")))
 
 
@@ -258,7 +276,7 @@ Policy = LoraPolicy | FullPolicy
 def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
     """Raises KeyError when a tensor has no place."""
     for name, tensor in source.items():
-        target[name].copy_(tensor)
+        put(tensor, target[name])
 
 
 def _adapter_layers(network: torch.nn.Module) -> "list[BaseTunerLayer]":

@@ -2,6 +2,7 @@
 
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,18 @@ from training.plan import TrainingPlan
 from training.policy import FullPolicy, LoraPolicy, Policy
 from training.reference_errors import ReferenceErrors
 from training.safetensors_file import add_metadata, training_metadata
+from training.sharding import (
+    anywhere,
+    check_sharding,
+    gather,
+    is_sharded,
+    make_accelerator,
+    optimizer_parameters,
+    prepare,
+    shard_frozen,
+    spread_states,
+    whole,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -42,8 +55,8 @@ class Run:
         self.accelerator = _accelerator(plan)
         self.device = self.accelerator.device
         self.first_process: bool = self.accelerator.is_main_process
-        if (kind := self.accelerator.distributed_type.value) not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise ValueError(f"accelerate is set up for {kind}; only data parallel training is supported")
+        if is_sharded(self.accelerator):
+            check_sharding(plan.optimizer, plan.offload_reference)
         if plan.batch_size % self.accelerator.num_processes:
             raise ValueError(
                 f"training.batch_size={plan.batch_size}: must be a multiple of the number of processes, "
@@ -60,8 +73,10 @@ class Run:
         optimizer = make_optimizer(
             plan.optimizer, self.policy.parameters(), plan.learning_rate, plan.weight_decay, fused
         )
+        self.network, self.optimizer = prepare(self.accelerator, self.policy.network, optimizer)
+        if is_sharded(self.accelerator):
+            self.policy.shard_reference(partial(shard_frozen, self.accelerator))
         self.ema = Ema(self.policy.weights(), plan.ema) if plan.ema else None
-        self.network, self.optimizer = self.accelerator.prepare(self.policy.network, optimizer)
         draws = plan.noise_draws
         self.kept = ReferenceErrors(len(self.pairs), draws, self.device) if draws else None
         self.loss = self._loss()
@@ -70,11 +85,12 @@ class Run:
         plan, family = self.plan, self.policy.family
         times = TimeSampling(plan.timestep_density, plan.timestep_shift)
         process = family.process(plan.model, self.pairs.latent_shape, times)
-        whole = whole_picture(self.pairs.latent_shape, picture_scale(plan.model)) if family.takes_time_ids else None
+        size = whole_picture(self.pairs.latent_shape, picture_scale(plan.model)) if family.takes_time_ids else None
         empty: PromptEmbeddings | None = embed_negative(plan.model) if plan.prompt_dropout else None
         return PairLoss(
-            plan, self.policy, self.network, process, self.device, self.accelerator.autocast, whole, empty, self.kept
-        )
+            plan, self.policy, self.network, process, self.device, self.accelerator.autocast, size, empty, self.kept,
+            partial(anywhere, self.accelerator),
+        )  # fmt: skip
 
     def resume(self, output: Path, recorded: int) -> int:
         """Load the newest checkpoint whose steps are all recorded; returns the number of steps it has done.
@@ -95,20 +111,21 @@ class Run:
         scaler = state.optimizer.pop("scaler", None)
         if scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(scaler)
-        self.optimizer.load_state_dict(state.optimizer)
+        self.optimizer.load_state_dict(spread_states(state.optimizer, optimizer_parameters(self.optimizer)))
         return state.step
 
     def save(self, output: Path, step: int) -> None:
         """Everything that the next steps depend on. The order of pairs and their noise are functions of the step."""
+        scaler = self.accelerator.scaler
+        optimizer = self.optimizer.state_dict() | ({"scaler": scaler.state_dict()} if scaler is not None else {})
+        optimizer |= {"ema": self.ema.state()} if self.ema is not None else {}
+        tensors: dict[str, Tensors] = {"weights": self.policy.weights()}
+        if self.plan.refresh_reference:
+            tensors["reference"] = self.policy.reference_weights()
+        if self.kept is not None:
+            tensors["reference_errors"] = {"values": self.kept.values}
+        tensors, optimizer = gather(tensors, self.first_process), gather(optimizer, self.first_process)
         if self.first_process:
-            scaler = self.accelerator.scaler
-            optimizer = self.optimizer.state_dict() | ({"scaler": scaler.state_dict()} if scaler is not None else {})
-            optimizer |= {"ema": self.ema.state()} if self.ema is not None else {}
-            tensors: dict[str, Tensors] = {"weights": self.policy.weights()}
-            if self.plan.refresh_reference:
-                tensors["reference"] = self.policy.reference_weights()
-            if self.kept is not None:
-                tensors["reference_errors"] = {"values": self.kept.values}
             save_state(output, step, tensors, optimizer, keep=2)
         self.accelerator.wait_for_everyone()
 
@@ -130,7 +147,7 @@ class Run:
                 self.accelerator.backward(output.loss.sum() * self.accelerator.num_processes / plan.batch_size)
             outputs.append(LossOutput(output.loss.detach(), output.metrics))
         self._share_reference_errors()
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), plan.max_grad_norm)
+        norm = whole(self.accelerator.clip_grad_norm_(self.policy.parameters(), plan.max_grad_norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
         metrics = self._means(outputs, norm)
@@ -176,9 +193,9 @@ class Run:
         """The metrics of the first HELDOUT_PAIRS held-out pairs, each with HELDOUT_DRAWS draws, always the same."""
         first, count = len(self.pairs), min(self.pairs.heldout, HELDOUT_PAIRS)
         places = [(-1 - number, first + index) for index in range(count) for number in range(HELDOUT_DRAWS)]
-        # A process without a share of its own would leave the others waiting.
-        own = places[self.accelerator.process_index :: self.accelerator.num_processes] or places[:1]
-        size = self.plan.micro_batch_size
+        # Each process makes as many forward passes: where they meet in each, one more would wait for ever.
+        share, size = max(1, len(places) // self.accelerator.num_processes), self.plan.micro_batch_size
+        own = places[self.accelerator.process_index :: self.accelerator.num_processes][:share] or places[:1]
         outputs = [self.loss(self.pairs.read(own[start : start + size])) for start in range(0, len(own), size)]
         return {f"heldout_{name}": value for name, value in self._means(outputs).items() if "_q" not in name}
 
@@ -206,17 +223,18 @@ class Run:
 
     def finish(self, output: Path, history: list[Metrics]) -> CheckpointRecord:
         """Export the trained weights, then the record that says the run is complete."""
+        weights = gather(self.ema.weights() if self.ema else self.policy.weights(), self.first_process)
         if self.first_process:
-            self._publish(output, history)
+            self._publish(output, weights, history)
         self.accelerator.wait_for_everyone()
         record = CheckpointRecord.read(output)
         if record is None:
             raise FileNotFoundError(f"{output}: the first process has not finished")
         return record
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: Path, trained: Tensors) -> None:
         """The weights, with what they are in the file's own header."""
-        plan, file = self.plan, self.policy.export(folder)
+        plan, file = self.plan, self.policy.export(folder, trained)
         if plan.method == "lora":  # a whole network is several files, and large
             told = training_metadata(
                 model=plan.model, loss=plan.loss, beta=plan.beta, kappa=kappa_of(plan.beta), steps=plan.steps,
@@ -224,11 +242,10 @@ class Run:
             )  # fmt: skip
             add_metadata(file, told)
 
-    def _publish(self, output: Path, history: list[Metrics]) -> None:
+    def _publish(self, output: Path, trained: Tensors, history: list[Metrics]) -> None:
         plan = self.plan
         kind = "adapter" if plan.method == "lora" else self.policy.family.network
-        with self.ema.applied(self.policy.weights()) if self.ema is not None else nullcontext():
-            publish_folder(output / kind, self._export)
+        publish_folder(output / kind, partial(self._export, trained=trained))
         weights = sorted((output / kind).glob("*.safetensors"))
         model = ModelRef(plan.model.base, plan.model.revision, plan.model.network, str(output / kind))
         if plan.method == "full":
@@ -250,8 +267,7 @@ def _pairs(plan: TrainingPlan) -> PreferencePairs:
 
 
 def _accelerator(plan: TrainingPlan) -> "Accelerator":
-    """Of this process alone, or one of several where a launcher started them (accelerate reads its environment)."""
-    from accelerate import Accelerator
+    """Of this process alone, or one of several where a launcher started them."""
     from accelerate.state import AcceleratorState
 
     # accelerate keeps one state a process and refuses another precision in it; a worker trains many plans.
@@ -259,7 +275,7 @@ def _accelerator(plan: TrainingPlan) -> "Accelerator":
     device = resolve_device(plan.device)
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)  # the Accelerator takes the current device
-    return Accelerator(cpu=device == "cpu", mixed_precision=plan.mixed_precision)
+    return make_accelerator(device == "cpu", plan.mixed_precision, plan.shard)
 
 
 def _policy(plan: TrainingPlan, device: str) -> Policy:

@@ -60,6 +60,10 @@ def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[s
         ({"training": Training(mixed_precision="fp16")}, r"mixed_precision='fp16' needs a CUDA device"),
         ({"training": Training(loss="hinge", label_smoothing=0.1)}, r"training\.label_smoothing=0\.1.*'hinge'.*dpo"),
         ({"training": Training(loss="rdpo")}, r"'rdpo' needs training\.label_smoothing"),
+        (
+            {"execution": Execution(shard=True, offload_reference=True)},
+            r"shard=true.*offload_reference=true.*leave one",
+        ),
         ({"execution": Execution(device="cuda:77")}, r"execution\.device='cuda:77'.*cpu"),
         ({"evaluation": Evaluation(prompts="absent.csv")}, r"evaluation\.prompts='absent\.csv'.*no such file"),
         ({"generation": Generation(prompts_per_cycle=200, candidates=1024, height=65536)}, r"workspace=.*GiB are free"),

@@ -127,7 +127,7 @@ def test_the_adapter_comes_back_whole_whatever_it_was_trained_on(world: Path, tm
     torch.manual_seed(1)
     for tensor in policy.weights().values():
         tensor.copy_(torch.randn_like(tensor) * 0.1)
-    policy.export(tmp_path)
+    policy.export(tmp_path, policy.weights())
     loaded = load_network(ModelRef(str(world / "base")))
     fuse_adapter(loaded, str(tmp_path), "unet")
     inputs = (torch.ones(1, 4, 8, 8), 5, torch.ones(1, 77, 16))
