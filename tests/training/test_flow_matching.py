@@ -139,6 +139,13 @@ def test_errors_of_flow_models_as_errors_of_the_noise(s: float, seed: int) -> No
     assert process.error_factor(times, "velocity") is None and process.error_factor(times, "prediction") is None
 
 
+def test_levels_are_shares_of_the_schedule() -> None:
+    """Of whatever length: metrics by quartile of noise would otherwise end in the first quartile of a short one."""
+    process = Diffusion(DDPMScheduler(num_train_timesteps=200))
+    assert process.level(torch.tensor([0, 100, 199])).tolist() == pytest.approx([0, 0.5, 0.995])
+    assert FlowMatching("uniform", 1.0).level(torch.tensor([0.25])).tolist() == [0.25]
+
+
 @settings(max_examples=20, deadline=None)
 @given(channels=st.integers(1, 5), height=st.integers(1, 4), width=st.integers(1, 4))
 def test_packing_is_flux_own_and_can_be_undone(channels: int, height: int, width: int) -> None:

@@ -166,6 +166,25 @@ def test_the_average_is_what_is_exported(world: Path, tmp_path: Path) -> None:
     assert (exported - weight).abs().max() > 1e-5  # and the policy holds its own again
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_gradients_are_clipped_under_every_optimizer(
+    world: Path, tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also by Adafactor, whose own threshold is on the update."""
+    run = Run(plan_in(world, tmp_path, optimizer=optimizer, max_grad_norm=1e-3))
+    taken: list[float] = []
+    inner = run.optimizer.optimizer
+    step = inner.step
+
+    def look(*args: Any, **options: Any) -> Any:
+        taken.append(torch.nn.utils.get_total_norm([p.grad for p in run.policy.parameters()]).item())
+        return step(*args, **options)
+
+    monkeypatch.setattr(inner, "step", look)
+    assert run.step(0)["grad_norm"] > 1e-3  # what is told is the norm before
+    assert taken == [pytest.approx(1e-3, rel=1e-3)]
+
+
 def test_held_out_pairs_are_looked_at_and_never_trained_on(world: Path, tmp_path: Path) -> None:
     run = Run(plan_in(world, tmp_path, heldout_share=0.3, heldout_every=2))
     held, count = run.pairs.heldout, len(run.pairs)
