@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from bench.loss_table import CONTROL
+from bench.loss_table import CONTROL, RECIPE, RECIPE_CONTROL
 
 RANDOM = "bench.random_labels:RandomLabels"
 CYCLES = 3
@@ -29,26 +29,32 @@ class Arm:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
+NUMBERS: dict[str, Any] = {"learning_rate": 2e-4, "beta": 500, "schedule": "constant"}
+"""What the losses are compared with. The recipe's own, which were chosen for DPO afterwards, are rows by themselves."""
+
+
 def arm(loss: str, **changes: Any) -> Arm:
-    return Arm(training={"loss": loss, **changes})
+    return Arm(training={**NUMBERS, "loss": loss, **changes})
 
 
 # Chosen on tuning prompts under seed 7 from GRID, by the oracle's win rate; bench/README.md has what each gave.
 ARMS = {
     "base": Arm("base"),
     "sft": arm("sft", learning_rate=6e-4),
-    "dpo": Arm(),
+    "dpo": arm("dpo"),
     "ipo": arm("ipo", beta=50),
     "kto": arm("kto", beta=50),
     "mapo": arm("mapo", learning_rate=6e-4),
     "dco": arm("dco", learning_rate=6e-4),
     "sdpo": arm("sdpo"),
-    "soft-labels": Arm(training={"soft_labels": True}),
-    CONTROL: Arm(scorer=RANDOM),
+    "soft-labels": arm("dpo", soft_labels=True),
+    CONTROL: Arm(training=arm("dpo").training, scorer=RANDOM),
+    RECIPE: Arm(),
+    RECIPE_CONTROL: Arm(scorer=RANDOM),
     "3-cycles": Arm("gated"),
     "3-cycles-ungated": Arm("ungated"),
 }
-RATE, BETA = 2e-4, 500  # the recipe's, chosen for DPO on the same prompts
+RATE, BETA = NUMBERS["learning_rate"], NUMBERS["beta"]
 POINTS = {
     "dpo": [(RATE, BETA)],
     "soft-labels": [(RATE, BETA)],
@@ -59,9 +65,7 @@ POINTS = {
     "sft": [(RATE, BETA), (6e-4, BETA)],
 }
 GRID = {
-    f"{name} lr={rate:g} beta={beta:g}": arm(
-        **{"loss": "dpo", **ARMS[name].training, "learning_rate": rate, "beta": beta}
-    )
+    f"{name} lr={rate:g} beta={beta:g}": Arm(training={**ARMS[name].training, "learning_rate": rate, "beta": beta})
     for name, points in POINTS.items()
     for rate, beta in points
 }

@@ -16,6 +16,9 @@ from scoring.intervals import mean_difference_interval
 
 COLUMNS = ["arm", "oracle", "its seeds", "above random labels", "hpsv2", "pickscore", "finding"]
 TRUTH, CONTROL = "oracle", "random-labels"
+RECIPE, RECIPE_CONTROL = "recipe", "recipe-random-labels"
+CONTROLS = {RECIPE: RECIPE_CONTROL, "3-cycles": RECIPE_CONTROL, "3-cycles-ungated": RECIPE_CONTROL}
+"""Rows of which the random labels were trained on with other numbers than CONTROL's."""
 Outcomes = Mapping[str, Mapping[str, np.ndarray]]
 """By arm and judge: (seeds, prompts)."""
 
@@ -63,7 +66,9 @@ def table(found: Outcomes) -> list[str]:
     for arm, judges in found.items():
         rates = {judge: pooled(values) for judge, values in judges.items()}
         seeds = " ".join(f"{rate:.3f}" for rate in judges[TRUTH].mean(axis=1))
-        above = found[CONTROL][TRUTH] if CONTROL in found and arm not in ("base", CONTROL) else None
+        control = CONTROLS.get(arm, CONTROL)
+        trained = arm not in ("base", CONTROL, RECIPE_CONTROL)
+        above = found[control][TRUTH] if control in found and trained else None
         gap = _signed(pooled(judges[TRUTH] - above)) if above is not None else ""
         cells = [arm, _text(rates[TRUTH]), seeds, gap, _text(rates["hpsv2"]), _text(rates["pickscore"])]
         beyond = pooled(judges[TRUTH] - found["base"][TRUTH]) if "base" in found else None

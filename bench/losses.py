@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bench.arms import ARMS, CYCLES, GRID, Arm
 from bench.cycles import gate_and_promote, make_pairs, other_pairs, promote_anyway, promoted, run_cycles
-from bench.loss_table import CONTROL, comparison, outcomes, table
+from bench.loss_table import CONTROL, RECIPE, RECIPE_CONTROL, comparison, outcomes, table
 from scoring.registry import load_scorer
 from scoring.scorer import score_images
 from tasks.plan import read_plan
@@ -151,9 +151,9 @@ def main() -> None:
         return
     found = run(given.workspace, given.seeds, {name: ARMS[name] for name in given.arms}, default_recipe)
     print("\n".join(table(found)))
-    for other in ("base", CONTROL):
-        if {"dpo", other} <= set(found):
-            print("\n" + "  \n".join(comparison(found, "dpo", other)))
+    for pair in (("dpo", "base"), ("dpo", CONTROL), (RECIPE, "base"), (RECIPE, RECIPE_CONTROL)):
+        if set(pair) <= set(found):
+            print("\n" + "  \n".join(comparison(found, *pair)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,18 @@ import torch
 
 from bench.arms import ARMS, RANDOM, Arm
 from bench.cycles import gate_and_promote, make_pairs, other_pairs, promote_anyway, run_cycles
-from bench.loss_table import CONTROL, Estimate, comparison, finding, outcomes, over_seeds, pooled, table
+from bench.loss_table import (
+    CONTROL,
+    RECIPE,
+    RECIPE_CONTROL,
+    Estimate,
+    comparison,
+    finding,
+    outcomes,
+    over_seeds,
+    pooled,
+    table,
+)
 from bench.losses import default_recipe, run
 from bench.random_labels import RandomLabels
 from scoring.clauses import Clause
@@ -112,6 +123,7 @@ def test_every_arm_is_one_that_the_trainer_takes() -> None:
     assert trained == set(LOSSES) - {"rdpo", "hinge"} and ARMS[CONTROL].scorer == RANDOM
     # The null control differs from DPO in nothing but who labels.
     assert ARMS[CONTROL].training == ARMS["dpo"].training
+    assert ARMS[RECIPE_CONTROL].training == ARMS[RECIPE].training == {} and ARMS[RECIPE_CONTROL].scorer == RANDOM
 
 
 @pytest.fixture(scope="module", autouse=True)
