@@ -198,18 +198,20 @@ class FullPolicy:
     """Every weight of the network trains; the reference is a frozen copy of its start.
 
     Both in float32, under the same autocast: a reference in another precision differs from the start already.
-    offload: the copy waits in main memory and visits the device for its forward pass.
+    offload: the copy waits in main memory and visits the device for its forward pass. needs_reference: False where
+    nobody will ask for it, and no copy is made.
     """
 
-    def __init__(self, ref: ModelRef, device: str, offload: bool = False) -> None:
+    def __init__(self, ref: ModelRef, device: str, offload: bool = False, needs_reference: bool = True) -> None:
         self.family = family_for(ref)
         self.network = load_network(ref, device, "float32")
         if ref.adapter:
             fuse_adapter(self.network, ref.adapter, self.family.network)
         prefer_channels_last(self.network)
-        self._reference = deepcopy(self.network).requires_grad_(False)
         self._device, self._home = device, "cpu" if offload else device
-        self._reference.to(self._home)
+        self._reference: torch.nn.Module | None = None
+        if needs_reference:
+            self._reference = deepcopy(self.network).requires_grad_(False).to(self._home)
         self.network.requires_grad_(True)
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -219,12 +221,17 @@ class FullPolicy:
     def reference(self) -> Iterator[torch.nn.Module]:
         """The frozen copy, without gradients."""
         with torch.no_grad():
-            yield self._reference.to(self._device)
-        self._reference.to(self._home)
+            yield self._frozen().to(self._device)
+        self._frozen().to(self._home)
+
+    def _frozen(self) -> torch.nn.Module:
+        if self._reference is None:
+            raise RuntimeError("a policy that was made without a reference was asked for it")
+        return self._reference
 
     def compile(self) -> None:
         """Compile the repeated blocks of both: one that is not would round otherwise."""
-        for network in (self.network, self._reference):
+        for network in [self.network, *([self._reference] if self._reference is not None else [])]:
             network.compile_repeated_blocks()
 
     def refresh_reference(self) -> None:
@@ -241,7 +248,7 @@ class FullPolicy:
 
     def reference_weights(self) -> dict[str, torch.Tensor]:
         """The tensors that `refresh_reference` changes."""
-        return {name: parameter.detach() for name, parameter in self._reference.named_parameters()}
+        return {name: parameter.detach() for name, parameter in self._frozen().named_parameters()}
 
     def load_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
         _copy(weights, self.reference_weights())
