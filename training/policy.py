@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from training.adapter_shape import check_adapter
 from training.models import (
     ADAPTER_FILE,
-    ModelError,
     ModelRef,
     family_for,
     fuse_adapter,
@@ -95,17 +95,11 @@ class LoraPolicy:
 
     def _start_from(self, adapter: str, lora: Lora) -> None:
         """The champion's adapter twice: frozen as the reference, and as where the policy starts."""
+        names = [name for name, _ in self.network.named_modules()]
+        check_adapter(Path(adapter) / ADAPTER_FILE, self.family.network, lora, names, f"the adapter {adapter}")
         for name in (REFERENCE, POLICY):
             self.network.load_lora_adapter(
                 adapter, weight_name=ADAPTER_FILE, adapter_name=name, prefix=self.family.network
-            )
-        config = self.network.peft_config[POLICY]
-        found = (config.r, float(config.lora_alpha), config.use_dora)
-        if found != (lora.rank, float(lora.alpha), lora.dora):
-            raise ModelError(
-                f"training.lora_rank={lora.rank}, lora_alpha={lora.alpha:g} and lora_dora={lora.dora}, but the "
-                f"champion's adapter {adapter} has rank {found[0]} and alpha {found[1]:g}, and dora={found[2]}; train "
-                "with these, or give a new name as experiment to start from the base model"
             )
         self._train_policy_only()
         self._unround(Path(adapter) / ADAPTER_FILE)
