@@ -277,3 +277,16 @@ def test_the_policy_moves_and_the_first_reference_does_not(world: Path, tmp_path
     run.step(0)
     assert all(torch.equal(before[name], tensor) for name, tensor in run.policy.reference_weights().items())
     assert run.loss(run.pairs.read([(0, 0)])).metrics["margin"].item() != 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "refresh", "copied"), [("dpo", 0, True), ("sft", 0, False), ("mapo", 0, False), ("sft", 3, True)]
+)
+def test_a_full_training_copies_the_network_only_where_a_reference_is_asked_for(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, refresh: int, copied: bool
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr("training.policy.deepcopy", lambda network: made.append(network) or copy.deepcopy(network))
+    run = Run(plan_in(world, tmp_path, method="full", loss=loss, refresh_reference=refresh))
+    assert len(made) == copied
+    assert run.step(0)["grad_norm"] > 0
