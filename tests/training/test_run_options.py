@@ -1,6 +1,7 @@
 """What may change about a run: its reference, its draws, its average, its held-out pairs, its processes."""
 
 import copy
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,9 +54,14 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+NEEDS_PACKAGE = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, pytest.param("8-bit states of all weights", marks=NEEDS_PACKAGE)])
 def test_a_resumed_run_is_bit_equal_whatever_it_keeps(world: Path, tmp_path: Path, name: str) -> None:
-    changes = {"beta": 200.0, **OPTIONS[name]}
+    changes = {"beta": 200.0, **OPTIONS.get(name, {"optimizer": "adamw-8bit", "method": "full"})}
     train(plan_in(world, tmp_path / "whole", **changes))
     plan = plan_in(world, tmp_path / "cut", **changes)
 
