@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 POLICY, REFERENCE = "policy", "reference"
+VARIANTS = 64
+"""Of one block that the compiler may keep; see `_compile`."""
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -147,7 +149,7 @@ class LoraPolicy:
 
     def compile(self) -> None:
         """Compile the network's repeated blocks."""
-        self.network.compile_repeated_blocks()
+        _compile(self.network)
 
     def refresh_reference(self) -> None:
         """From now on the reference is what the policy is at this moment."""
@@ -226,7 +228,7 @@ class FullPolicy:
     def compile(self) -> None:
         """Compile the repeated blocks of both: one that is not would round otherwise."""
         for network in [self.network, *([self._reference] if self._reference is not None else [])]:
-            network.compile_repeated_blocks()
+            _compile(network)
 
     def refresh_reference(self) -> None:
         """From now on the reference is what the policy is at this moment."""
@@ -254,6 +256,15 @@ class FullPolicy:
 
 
 Policy = LoraPolicy | FullPolicy
+
+
+def _compile(network: torch.nn.Module) -> None:
+    """The repeated blocks. They are one function to the compiler, which has a variant for each width and picture size,
+    with and without gradients, adapter and reference: after 8 of them it would run the rest uncompiled."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    network.compile_repeated_blocks()
 
 
 def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:
