@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PARAMS ?=
+# Tests run in so many processes, each of one thread: tiny models gain nothing from more.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install cycle up down test test-slow lint format
 
@@ -26,7 +29,7 @@ down: install
 	$(BIN)/python -m flows.serve down
 
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

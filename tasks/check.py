@@ -1,6 +1,5 @@
 """Refuses, before anything is computed, a recipe that cannot work. Loads no weights, but looks at their files."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -105,6 +104,28 @@ def _check_scheduler(recipe: Recipe) -> None:
             f"{recipe.generation.scheduler_options}: base_model={recipe.base_model!r} was trained by {trained}; use a "
             f"scheduler for it, such as {fitting}"
         )
+    _check_scheduler_fits(recipe)
+
+
+def _check_scheduler_fits(recipe: Recipe) -> None:
+    """Schedulers of the right kind that the model's pipeline cannot use all the same."""
+    from training.sampling import flow_schedulers, scheduler_fault
+    from training.stable_diffusion import EDM_SCHEDULERS
+
+    ref, generation = ModelRef(recipe.base_model, recipe.revision), recipe.generation
+    what = f"generation.scheduler={generation.scheduler!r} with scheduler_options={generation.scheduler_options}"
+    if generation.scheduler in EDM_SCHEDULERS:
+        raise ParameterError(
+            f"{what}: it draws from models in the formulation of EDM, which base_model={recipe.base_model!r} is not; "
+            "use another, such as DPMSolverMultistepScheduler"
+        )
+    if not family_for(ref).flow:
+        return
+    if fault := scheduler_fault(ref, generation.scheduler, generation.scheduler_options):
+        raise ParameterError(
+            f"{what} cannot draw from base_model={recipe.base_model!r} ({fault}); those that can: "
+            f"{', '.join(flow_schedulers(ref))}"
+        )
 
 
 def check_training(recipe: Recipe) -> None:
@@ -175,10 +196,13 @@ def check_device(device: str) -> None:
 
 
 def _check_disk(recipe: Recipe, workspace: Path, prompts: int) -> None:
+    from training.fitting import picture_size
+
     generation = recipe.generation
-    side = generation.height or generation.width or _native_size(recipe)
+    own = picture_size(ModelRef(recipe.base_model, recipe.revision), 0, 0)
+    height, width = generation.height or own[0], generation.width or own[1]
     images = prompts * generation.candidates + 3 * recipe.evaluation.max_prompts
-    needed = images * side * side * 3  # an incompressible picture; latents are smaller
+    needed = images * height * width * 3  # an incompressible picture; latents are smaller
     existing = next(path for path in [workspace, *workspace.parents] if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -186,10 +210,3 @@ def _check_disk(recipe: Recipe, workspace: Path, prompts: int) -> None:
             f"workspace={str(workspace)!r}: a cycle needs up to {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
             "free; free some or lower generation.prompts_per_cycle"
         )
-
-
-def _native_size(recipe: Recipe) -> int:
-    family = family_for(ModelRef(recipe.base_model, recipe.revision))
-    config = Path(recipe.base_model) / family.network / "config.json"
-    known = json.loads(config.read_text()).get("sample_size") if config.is_file() else None
-    return 8 * int(known) if known else 1024

@@ -270,11 +270,16 @@ def _check_adapter(cycle: Cycle, model: ModelRef, recipe: Recipe) -> None:
         return
     old, new = read_plan(cycle).recipe.training, recipe.training
     for name in ("lora_rank", "lora_alpha", "lora_targets", "lora_dora"):
-        if getattr(old, name) != getattr(new, name):
+        if _unordered(getattr(old, name)) != _unordered(getattr(new, name)):
             raise ParameterError(
                 f"training.{name}={getattr(new, name)!r}, but the champion's adapter was trained with "
                 f"{getattr(old, name)!r}; keep that, or give another name as experiment to start from the base model"
             )
+
+
+def _unordered(value: object) -> object:
+    """Targets mean the same in any order."""
+    return set(value) if isinstance(value, list) else value
 
 
 def code_versions() -> dict[str, str]:

@@ -113,7 +113,7 @@ class Training(Section):
     batch_size: int = preset_value("Pairs an optimizer step, over all processes.", ge=1)
     micro_batch_size: int = preset_value("Pairs a forward pass of one process; does not change the result.", ge=1)
     optimizer: Literal["adamw", "adamw-8bit", "adafactor"] = preset_value(
-        "AdamW; the same with 8-bit states (bitsandbytes, CUDA); Adafactor, whose states are smaller still."
+        "AdamW; the same with 8-bit states (bitsandbytes); Adafactor, whose states are smaller still."
     )
     learning_rate: float = preset_value("After the warm-up.", gt=0, le=1)
     schedule: Literal["constant", "linear", "cosine"] = preset_value(

@@ -11,7 +11,7 @@ from tasks.models import absolute
 from tasks.plan import Plan, read_plan
 from tasks.progress import progress
 from tasks.recipe import Recipe
-from tasks.settings import Section
+from tasks.settings import Section, Training
 from tasks.workspace import Cycle
 from training.checkpoint import CheckpointRecord
 from training.launch import launch, process_count
@@ -75,13 +75,17 @@ def plan_training(recipe: Recipe, model: ModelRef, pairs: Path, output: Path, se
         model=model,
         pairs=str(pairs),
         output=str(output),
-        lora=Lora(training.lora_rank, training.lora_alpha, training.lora_targets, training.lora_dora),
+        lora=lora_of(training),
         seed=seed,
         version=version,
         batch_size=training.batch_size,
         **shared_fields(training),
         **shared_fields(recipe.execution),
     )
+
+
+def lora_of(training: Training) -> Lora:
+    return Lora(training.lora_rank, training.lora_alpha, training.lora_targets, training.lora_dora)
 
 
 def shared_fields(section: Section) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from prefect import task
 from tasks.check import check_device, check_training
 from tasks.plan import code_versions, difference
 from tasks.recipe import ParameterError, Recipe
-from tasks.train import plan_training, run_training
+from tasks.train import lora_of, plan_training, run_training
 from tasks.workspace import plain_name
 from training.checkpoint import CheckpointRecord, weights_sha256
 from training.dataset import PreferencePairs
 from training.fitting import check_fit
-from training.models import ADAPTER_FILE, ModelError, ModelRef, family_for, model_digest
+from training.models import ADAPTER_FILE, ModelError, ModelRef, family_for, model_digest, network_outline
 from training.outputs import CARD, write_outputs
 from training.pairs import read_metadata
 from training.shards import MANIFEST, ShardError, open_shard, read_manifest, write_json
@@ -61,20 +61,15 @@ def _trained(folder: Path, base: ModelRef, what: str) -> ModelRef:
 
 
 def _check_shape(folder: Path, recipe: Recipe, what: str) -> None:
-    """A LoRA goes on with the adapter, so it must have its rank; alpha where the file tells it."""
-    from safetensors import safe_open
+    """A LoRA goes on with the adapter, so it must have its shape."""
+    from training.adapter_shape import check_adapter
 
-    with safe_open(folder / ADAPTER_FILE, "pt") as file:
-        told = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        first = [name for name in file.keys() if ".lora.down." in name or ".lora_A." in name]  # noqa: SIM118
-        ranks = {file.get_slice(name).get_shape()[0] for name in first}
-    prefix, training = family_for(ModelRef(recipe.base_model, recipe.revision)).network, recipe.training
-    alpha = told.get(f"{prefix}.lora_alpha", training.lora_alpha)
-    if ranks != {training.lora_rank} or float(alpha) != training.lora_alpha:
-        raise ParameterError(
-            f"{what} has rank {sorted(ranks)} and alpha {alpha:g}, but training.lora_rank={training.lora_rank} and "
-            f"training.lora_alpha={training.lora_alpha:g}; give its own"
-        )
+    base = ModelRef(recipe.base_model, recipe.revision)
+    names = [name for name, _ in network_outline(base).named_modules()]
+    try:
+        check_adapter(folder / ADAPTER_FILE, family_for(base).network, lora_of(recipe.training), names, what)
+    except ModelError as error:
+        raise ParameterError(str(error)) from error
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -15,6 +15,20 @@ os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """How the tests are divided among processes (`make test`): a file stays together, for what its tests share, and all
+    that need the Prefect server do, for it takes 20 seconds to start. They come first: nothing else is as long."""
+    items.sort(key=lambda item: not _needs_server(item))
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("prefect" if _needs_server(item) else item.nodeid.split("::")[0]))
+
+
+def _needs_server(item: pytest.Item) -> bool:
+    return "prefect_server" in getattr(item, "fixturenames", ())
+
+
 @pytest.fixture(scope="session")
 def tiny_preset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The preset file of a tiny random-weight world."""

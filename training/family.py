@@ -110,6 +110,10 @@ class Family(ABC):
     ) -> torch.Tensor:
         """Final latents in model space (n, C, h, w). negative: None = no guidance. options: of the pipeline's call."""
 
+    def start_sampling(self, scheduler: Any, steps: int) -> None:
+        """Set the scheduler's times as the pipeline does. Raises whatever the scheduler raises that cannot."""
+        scheduler.set_timesteps(steps)
+
     @abstractmethod
     def process(self, ref: "ModelRef", latent_shape: Sequence[int], sampling: TimeSampling) -> NoiseProcess:
         """How pictures of this size are noised in training."""
@@ -122,19 +126,24 @@ class Family(ABC):
 
     def decode(self, pipeline: "DiffusionPipeline", latents: torch.Tensor) -> torch.Tensor:
         """Pictures (n, 3, H, W) in [-1, 1] of latents in model space."""
-        config = pipeline.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        latents = latents.to(pipeline.vae.device, pipeline.vae.dtype) / config.scaling_factor + shift
+        latents = latents.to(pipeline.vae.device, pipeline.vae.dtype)
+        spread, shift = self.latent_scale(pipeline.vae, latents)
+        latents = latents * spread / pipeline.vae.config.scaling_factor + shift
         pictures: torch.Tensor = pipeline.vae.decode(latents).sample
         return pictures
 
     def encode(self, pipeline: "DiffusionPipeline", pictures: torch.Tensor) -> torch.Tensor:
         """Latents in model space (n, C, h, w) of pictures (n, 3, H, W) in [-1, 1]: the mean of the posterior."""
-        config = pipeline.vae.config
-        shift = getattr(config, "shift_factor", None) or 0.0
-        posterior = pipeline.vae.encode(pictures.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist
-        latents: torch.Tensor = (posterior.mode() - shift) * config.scaling_factor
+        mean = pipeline.vae.encode(pictures.to(pipeline.vae.device, pipeline.vae.dtype)).latent_dist.mode()
+        spread, shift = self.latent_scale(pipeline.vae, mean)
+        latents: torch.Tensor = (mean - shift) * pipeline.vae.config.scaling_factor / spread
         return latents
+
+    def latent_scale(self, vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
+        """(spread, shift) with which the autoencoder's latents are scaling_factor * (latent - shift) / spread in model
+        space, as this family's pipeline has it: numbers, or (1, C, 1, 1) on the device and in the precision of `like`.
+        """
+        return 1.0, getattr(vae.config, "shift_factor", None) or 0.0
 
     def check(self, ref: "ModelRef") -> None:  # noqa: B027 most families have nothing to refuse
         """Refuse, without loading weights, a model of this family that cannot be trained. Raises ModelError."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from training.family import Conditions, Family, PromptEmbeddings, TimeSampling, read_config
@@ -50,6 +51,11 @@ class StableDiffusion3(_FlowModel):
     ) -> torch.Tensor:
         return pooled_sample(pipeline, prompts, negative, **options)
 
+    def start_sampling(self, scheduler: Any, steps: int) -> None:
+        """mu, the shift's logarithm for the picture's size, is given only where the model's shift is dynamic."""
+        given = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        scheduler.set_timesteps(steps, **given)
+
     def predict(
         self, network: torch.nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
@@ -88,6 +94,13 @@ class Flux(_FlowModel):
         ).images  # fmt: skip
         # The pipeline rounds the picture down to whole tokens.
         return unpack(packed, *(side // (scale * PATCH) * PATCH for side in (height, width)))
+
+    def start_sampling(self, scheduler: Any, steps: int) -> None:
+        """mu is always given, and evenly spaced sigmas, but to schedulers that make flow sigmas themselves."""
+        if scheduler.config.get("use_flow_sigmas"):
+            scheduler.set_timesteps(steps, mu=1.0)
+        else:
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0)
 
     def predict(
         self, network: torch.nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Conditions

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.models import ModelError
 
@@ -45,6 +45,24 @@ class Layer:
         return self.scale * self.rank
 
 
+class TensorName(NamedTuple):
+    """Of one tensor: the part of the pipeline, the layer in it, and down, up or magnitude."""
+
+    part: str
+    layer: str
+    role: str
+
+
+def name_of(key: str) -> TensorName | None:
+    """What a tensor of an adapter file is, None when it is no part of a plain LoRA or DoRA."""
+    match = _TENSOR.fullmatch(key)
+    if match is None:
+        return None
+    factor = match["factor"] or "magnitude"
+    role = "down" if factor.endswith(("A", "down")) else "up" if factor.endswith(("B", "up")) else factor
+    return TensorName(match["part"], match["layer"], role)
+
+
 def read_layers(state: Mapping[str, "torch.Tensor"], config: Mapping[str, Any]) -> list[Layer]:
     """The layers of a diffusers or PEFT LoRA with prefixed keys (`unet.`, `transformer.`, `text_encoder.`).
 
@@ -53,12 +71,10 @@ def read_layers(state: Mapping[str, "torch.Tensor"], config: Mapping[str, Any]) 
     """
     found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
-        match = _TENSOR.fullmatch(key)
-        if match is None:
+        name = name_of(key)
+        if name is None:
             raise ModelError(f"adapter: {key} is no part of a LoRA or DoRA of a linear or convolution layer")
-        factor = match["factor"] or "magnitude"
-        role = "down" if factor.endswith(("A", "down")) else "up" if factor.endswith(("B", "up")) else factor
-        found.setdefault((match["part"], match["layer"]), {})[role] = tensor
+        found.setdefault((name.part, name.layer), {})[name.role] = tensor
     return [_layer(part, name, tensors, config) for (part, name), tensors in sorted(found.items())]
 
 

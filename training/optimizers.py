@@ -3,6 +3,7 @@
 Loads torch and the optimizers' libraries only where one is made: a recipe is checked without them.
 """
 
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
+BITSANDBYTES_ON_CPU = (0, 50)
+"""The first version whose 8-bit optimizer was seen to train on a CPU; earlier ones were for CUDA."""
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -21,12 +24,22 @@ def check_optimizer(name: str, device: str) -> None:
         raise ValueError(f"training.optimizer={name!r}: there are {', '.join(OPTIMIZERS)}")
     if name != "adamw-8bit":
         return
-    if not device.startswith("cuda"):
-        raise ValueError(f"training.optimizer='adamw-8bit' needs a CUDA device, not {device!r}; use adamw or adafactor")
+    kind = device.partition(":")[0]
+    if kind not in ("cuda", "cpu"):
+        raise ValueError(
+            f"training.optimizer='adamw-8bit' runs on cuda and cpu, not {device!r}; use adamw or adafactor"
+        )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
             "training.optimizer='adamw-8bit' needs a package that is not installed: `pip install bitsandbytes`, or use "
             "adafactor, which keeps less state than adamw too"
+        )
+    version = importlib.metadata.version("bitsandbytes")
+    if kind == "cpu" and tuple(int(part) for part in version.split(".")[:2]) < BITSANDBYTES_ON_CPU:
+        wanted = ".".join(map(str, BITSANDBYTES_ON_CPU))
+        raise ValueError(
+            f"training.optimizer='adamw-8bit' on a CPU needs bitsandbytes {wanted} or later, here is {version}: "
+            f"`pip install 'bitsandbytes>={wanted}'`, or use adamw or adafactor"
         )
 
 
@@ -57,6 +70,8 @@ def make_optimizer(
         return made
     import bitsandbytes
 
+    for parameter in parameters:  # its first step does so, after which a resumed run would round convolutions otherwise
+        parameter.data = parameter.data.contiguous()
     small: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
     return small
 

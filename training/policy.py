@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from training.adapter_shape import check_adapter
 from training.models import (
     ADAPTER_FILE,
-    ModelError,
     ModelRef,
     family_for,
     fuse_adapter,
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
 POLICY, REFERENCE = "policy", "reference"
+VARIANTS = 64
+"""Of one block that the compiler may keep; see `_compile`."""
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -96,17 +98,11 @@ class LoraPolicy:
 
     def _start_from(self, adapter: str, lora: Lora) -> None:
         """The champion's adapter twice: frozen as the reference, and as where the policy starts."""
+        names = [name for name, _ in self.network.named_modules()]
+        check_adapter(Path(adapter) / ADAPTER_FILE, self.family.network, lora, names, f"the adapter {adapter}")
         for name in (REFERENCE, POLICY):
             self.network.load_lora_adapter(
                 adapter, weight_name=ADAPTER_FILE, adapter_name=name, prefix=self.family.network
-            )
-        config = self.network.peft_config[POLICY]
-        found = (config.r, float(config.lora_alpha), config.use_dora)
-        if found != (lora.rank, float(lora.alpha), lora.dora):
-            raise ModelError(
-                f"training.lora_rank={lora.rank}, lora_alpha={lora.alpha:g} and lora_dora={lora.dora}, but the "
-                f"champion's adapter {adapter} has rank {found[0]} and alpha {found[1]:g}, and dora={found[2]}; train "
-                "with these, or give a new name as experiment to start from the base model"
             )
         self._train_policy_only()
         self._unround(Path(adapter) / ADAPTER_FILE)
@@ -154,7 +150,7 @@ class LoraPolicy:
 
     def compile(self) -> None:
         """Compile the network's repeated blocks."""
-        self.network.compile_repeated_blocks()
+        _compile(self.network)
 
     def refresh_reference(self) -> None:
         """From now on the reference is what the policy is at this moment."""
@@ -203,18 +199,20 @@ class FullPolicy:
     """Every weight of the network trains; the reference is a frozen copy of its start.
 
     Both in float32, under the same autocast: a reference in another precision differs from the start already.
-    offload: the copy waits in main memory and visits the device for its forward pass.
+    offload: the copy waits in main memory and visits the device for its forward pass. needs_reference: False where
+    nobody will ask for it, and no copy is made.
     """
 
-    def __init__(self, ref: ModelRef, device: str, offload: bool = False) -> None:
+    def __init__(self, ref: ModelRef, device: str, offload: bool = False, needs_reference: bool = True) -> None:
         self.family = family_for(ref)
         self.network = load_network(ref, device, "float32")
         if ref.adapter:
             fuse_adapter(self.network, ref.adapter, self.family.network)
         prefer_channels_last(self.network)
-        self._reference = deepcopy(self.network).requires_grad_(False)
         self._device, self._home = device, "cpu" if offload else device
-        self._reference.to(self._home)
+        self._reference: torch.nn.Module | None = None
+        if needs_reference:
+            self._reference = deepcopy(self.network).requires_grad_(False).to(self._home)
         self.network.requires_grad_(True)
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -224,17 +222,23 @@ class FullPolicy:
     def reference(self) -> Iterator[torch.nn.Module]:
         """The frozen copy, without gradients."""
         with torch.no_grad():
-            yield self._reference.to(self._device)
-        self._reference.to(self._home)
+            yield self._frozen().to(self._device)
+        self._frozen().to(self._home)
+
+    def _frozen(self) -> torch.nn.Module:
+        if self._reference is None:
+            raise RuntimeError("a policy that was made without a reference was asked for it")
+        return self._reference
 
     def shard_reference(self, shard: Callable[[torch.nn.Module], None]) -> None:
         """Divide the copy over the processes as well."""
-        shard(self._reference)
+        if self._reference is not None:
+            shard(self._reference)
 
     def compile(self) -> None:
         """Compile the repeated blocks of both: one that is not would round otherwise."""
-        for network in (self.network, self._reference):
-            network.compile_repeated_blocks()
+        for network in [self.network, *([self._reference] if self._reference is not None else [])]:
+            _compile(network)
 
     def refresh_reference(self) -> None:
         """From now on the reference is what the policy is at this moment."""
@@ -250,7 +254,7 @@ class FullPolicy:
 
     def reference_weights(self) -> dict[str, torch.Tensor]:
         """The tensors that `refresh_reference` changes."""
-        return {name: parameter.detach() for name, parameter in parts(self._reference)}
+        return {name: parameter.detach() for name, parameter in parts(self._frozen())}
 
     def load_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
         _copy(weights, self.reference_weights())
@@ -271,6 +275,15 @@ class FullPolicy:
 
 
 Policy = LoraPolicy | FullPolicy
+
+
+def _compile(network: torch.nn.Module) -> None:
+    """The repeated blocks. They are one function to the compiler, which has a variant for each width and picture size,
+    with and without gradients, adapter and reference: after 8 of them it would run the rest uncompiled."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    network.compile_repeated_blocks()
 
 
 def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from training.checkpoint import CheckpointRecord, Tensors, load_state, publish_f
 from training.dataset import PairBatch, PreferencePairs, positions_of_step
 from training.diagnostics import Watch
 from training.family import PromptEmbeddings, TimeSampling, picture_scale, whole_picture
-from training.loss_table import LossOptions, check_options
+from training.loss_table import LOSSES, LossOptions, check_options
 from training.losses import LossOutput, kappa_of
 from training.models import ModelRef, embed_negative, resolve_device
 from training.optimizers import Ema, learning_rate, make_optimizer
@@ -280,7 +280,8 @@ def _accelerator(plan: TrainingPlan) -> "Accelerator":
 
 def _policy(plan: TrainingPlan, device: str) -> Policy:
     if plan.method == "full":
-        return FullPolicy(plan.model, device, plan.offload_reference)
+        needed = LOSSES[plan.loss].reference or bool(plan.refresh_reference)
+        return FullPolicy(plan.model, device, plan.offload_reference, needed)
     frozen = FROZEN[plan.mixed_precision] if plan.dtype == "auto" else plan.dtype
     if (frozen, plan.mixed_precision) == ("float16", "no"):
         frozen = "float32"  # small gradients would vanish without loss scaling

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from training.models import ModelRef
 
 
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
+"""They scale what the network sees and predicts, so they draw nothing sensible from other models."""
+
+
 class StableDiffusion(Family):
     """Rombach et al. 2021 (arXiv:2112.10752): epsilon or v prediction."""
 
@@ -47,10 +51,17 @@ class StableDiffusion(Family):
         return prediction
 
     def check(self, ref: "ModelRef") -> None:
-        """Refuse a model that predicts something the losses have no target for."""
+        """Refuse a model that predicts something the losses have no target for, or is noised otherwise."""
         from training.models import ModelError
 
-        kind = read_config(ref, "scheduler", "scheduler_config.json").get("prediction_type", "epsilon")
+        config = read_config(ref, "scheduler", "scheduler_config.json")
+        if config.get("_class_name") in EDM_SCHEDULERS:
+            raise ModelError(
+                f"base_model={ref.base!r} has a {config['_class_name']}: it was trained in the formulation of EDM "
+                "(Karras et al. 2022, arXiv:2206.00364), which training here does not know; give a base model that "
+                "predicts epsilon or v with a DDPM schedule"
+            )
+        kind = config.get("prediction_type", "epsilon")
         if kind not in ("epsilon", "v_prediction"):
             raise ModelError(f"base_model={ref.base!r} predicts {kind!r}; supported: epsilon, v_prediction")
 
@@ -80,6 +91,14 @@ class StableDiffusionXL(StableDiffusion):
         **options: Any,
     ) -> torch.Tensor:
         return pooled_sample(pipeline, prompts, negative, **options)
+
+    def latent_scale(self, vae: Any, like: torch.Tensor) -> tuple[Any, Any]:
+        """Some fine-tunes (Playground 2.5) measured their latents' mean and standard deviation, channel by channel;
+        both or neither count, as in diffusers' pipeline, and there is no shift_factor."""
+        mean, deviation = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        if mean is None or deviation is None:
+            return 1.0, 0.0
+        return like.new_tensor(deviation).view(1, -1, 1, 1), like.new_tensor(mean).view(1, -1, 1, 1)
 
     def predict(
         self, network: torch.nn.Module, noisy: torch.Tensor, times: torch.Tensor, conditions: Conditions

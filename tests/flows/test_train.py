@@ -129,6 +129,8 @@ def test_an_earlier_training_is_where_it_starts_and_its_reference(
         run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), training={"lora_rank": 8})
     with pytest.raises(ParameterError, match=r"has rank \[4\] and alpha 4, .* training\.lora_alpha=2"):
         run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), training={"lora_alpha": 2})
+    with pytest.raises(ParameterError, match=r"adapter=.*to_k.*training\.lora_targets=\['to_q'\] means 8"):
+        run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), training={"lora_targets": ["to_q"]})
     with pytest.raises(ParameterError, match=r"adapter='nowhere': there is no pytorch_lora_weights"):
         run(tiny_preset, tmp_path, pairs, name="x", adapter="nowhere")
     base = shutil.copytree(tiny_preset.parent / "base", tmp_path / "base")

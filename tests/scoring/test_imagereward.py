@@ -32,6 +32,8 @@ VISION = {
 WORDS = [
     "the", "red", "blue", "green", "circle", "square", "two", "on", "of", "café", "cat", "kings", "wear", "crown",
 ]  # fmt: skip
+ROUNDING = 1e-5
+"""Of float32 scores between 1 and 3: chunks, threads, and where tensors lie in memory change the last digits."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCABULARY = [*SPECIAL, *LETTERS, *(f"##{c}" for c in LETTERS), *"!,.'()[]猫", "cafe", *WORDS]
@@ -263,10 +265,10 @@ def test_a_score_depends_on_its_own_image_and_prompt_alone(scorer: ImageReward, 
     images, together = made_up_images(), scorer.score(made_up_images(), TEXTS)
     order = np.random.default_rng(1).permutation(len(TEXTS))
     shuffled = scorer.score([images[i] for i in order], [TEXTS[i] for i in order])
-    np.testing.assert_allclose(shuffled, together[order], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(shuffled, together[order], rtol=0, atol=ROUNDING)
     for size in (1, 3):
         chunked = ImageReward(str(folder), batch_size=size).score(images, TEXTS)
-        np.testing.assert_allclose(chunked, together, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(chunked, together, rtol=0, atol=ROUNDING)
 
 
 def test_a_tensor_scores_as_its_arrays_do(scorer: ImageReward) -> None:
@@ -298,7 +300,8 @@ def test_all_forms_of_the_files_score_the_same(scorer: ImageReward, state: dict,
     vocabulary = {token: index for index, token in enumerate(VOCABULARY)}
     (copy / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordPiece", "vocab": vocabulary}}))
     other = ImageReward(str(copy))
-    np.testing.assert_array_equal(other.score(made_up_images(), TEXTS), scorer.score(made_up_images(), TEXTS))
+    found, wanted = (each.score(made_up_images(), TEXTS) for each in (other, scorer))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING)
 
 
 def test_half_precision_weights_are_computed_with_in_float32(scorer: ImageReward, state: dict, copy: Path) -> None:
@@ -409,7 +412,7 @@ def test_the_hub_repository_takes_its_vocabulary_from_bert(
     assert asked[:2] == published and bert == ("google-bert/bert-base-uncased", None, False)
     assert scorer.info.revision == "1" * 40 and scorer.info.source == f"THUDM/ImageReward@{'1' * 40}"
     image = made_up_images([(30, 40)])
-    assert scorer.score(image, ["red cat"]) == local.score(image, ["red cat"])
+    np.testing.assert_allclose(scorer.score(image, ["red cat"]), local.score(image, ["red cat"]), rtol=0, atol=ROUNDING)
 
 
 def test_the_fingerprint_covers_every_file_and_the_digest_the_weights(scorer: ImageReward, copy: Path) -> None:

@@ -91,6 +91,13 @@ def test_a_champion_of_another_shape_or_base_is_refused(
     other = resolve(str(tiny_preset), 0, {}, NOTHING | {"training": Training(lora_rank=8)})
     with pytest.raises(ParameterError, match=r"training\.lora_rank=8.*trained with 4"):
         current_model(experiment, other, "digest")
+    fewer, turned = (
+        resolve(str(tiny_preset), 0, {}, NOTHING | {"training": Training(lora_targets=targets)})
+        for targets in (["to_q"], recipe.training.lora_targets[::-1])
+    )
+    with pytest.raises(ParameterError, match=r"training\.lora_targets=\['to_q'\].*trained with \['to_q', 'to_k'"):
+        current_model(experiment, fewer, "digest")
+    assert current_model(experiment, turned, "digest")[0] == 1
     with pytest.raises(ParameterError, match=r"base_model='elsewhere'.*another name as experiment"):
         current_model(experiment, recipe.model_copy(update={"base_model": "elsewhere"}), "digest")
 

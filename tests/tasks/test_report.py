@@ -343,18 +343,22 @@ def test_reproduction_shows_recipe_versions_and_how_to_load(finished: tuple[Expe
     assert json.dumps(plan.recipe.model_dump(), indent=2) in text
 
 
-def test_large_pictures_are_made_small(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Cycle]:
     """72 pictures of 512 px noise are 0.8 MB each as they lie on disk, 57 MB in all."""
-    experiment, cycle = finished_cycle(tmp_path, side=512)
-    page = written(experiment, cycle)
+    return finished_cycle(tmp_path_factory.mktemp("large"), side=512)
+
+
+def test_large_pictures_are_made_small(large: tuple[Experiment, Cycle]) -> None:
+    page = written(*large)
     assert len(page) < 5e6
     assert "data:image/jpeg;base64," in page and "data:image/png" not in page
     assert "class=tiny" not in page
 
 
-@pytest.mark.parametrize("side", [32, 512])
-def test_picture_artifact_is_small_and_its_cells_hold(tmp_path: Path, side: int) -> None:
-    _, cycle = finished_cycle(tmp_path, side=side)
+@pytest.mark.parametrize("pictures", ["finished", "large"])
+def test_picture_artifact_is_small_and_its_cells_hold(request: pytest.FixtureRequest, pictures: str) -> None:
+    cycle = request.getfixturevalue(pictures)[1]
     judged = {v.judge: read_judged(cycle, v.judge, "tuned") for v in Results.read(cycle).verdicts}
     text = pictures_markdown(cycle, read_plan(cycle), judged)
     rows = [line for line in text.splitlines() if "data:image/" in line]

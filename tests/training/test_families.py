@@ -1,16 +1,19 @@
 """Every family draws what plain diffusers draws, and its training calls the network with what the pipeline gives it."""
 
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
-from tests.families import FamilyBases
+from tests.families import FamilyBases, save_sdxl
 from training.family import Conditions, PromptEmbeddings
-from training.models import embed_negative, family_for
+from training.models import ModelRef, embed_negative, family_for, load_pipeline
 from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images, use_sampler
 
 PROMPTS = ["a red circle", "the picture of two things"]
@@ -177,3 +180,34 @@ def test_encoding_and_decoding_are_the_pipelines(bases: FamilyBases, name: str) 
         torch.testing.assert_close(
             family.decode(pipeline, latents), pipeline.vae.decode(mean).sample, rtol=1e-4, atol=1e-5
         )
+
+
+def test_latents_are_normalised_channel_by_channel_where_the_autoencoder_says_so(tmp_path: Path) -> None:
+    """As plain diffusers' SDXL pipelines do, to pictures and from pictures."""
+    folder = save_sdxl(tmp_path / "playground")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    config |= {"latents_mean": [-1.6, 1.2, 0.4, -0.6], "latents_std": [8.4, 6.5, 3.2, 7.1], "scaling_factor": 0.5}
+    (folder / "vae" / "config.json").write_text(json.dumps(config))
+    ours, plain = load_pipeline(ModelRef(str(folder))), diffusers.DiffusionPipeline.from_pretrained(folder)
+    plain.set_progress_bar_config(disable=True)
+    sampler = sampler_of("sdxl", 1.0)
+    _, images = sample_images(ours, embed_prompts(ours, PROMPTS[:1]), negative_prompt(ours), [7], sampler, 1)
+    use_sampler(plain, sampler)
+    seven = torch.Generator().manual_seed(7)
+    drawn = plain(PROMPTS[0], num_inference_steps=3, guidance_scale=1.0, generator=seven, output_type="np").images
+    assert np.abs(images - drawn * 255).max() <= 2.5
+    pictures = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    again = diffusers.StableDiffusionXLImg2ImgPipeline(**plain.components)
+    plain.vae.encode = lambda each, own=plain.vae.encode: _means(own(each))
+    with torch.no_grad():
+        found = family_for(ModelRef(str(folder))).encode(ours, pictures)
+        wanted = again.prepare_latents(
+            pictures, None, 1, 1, torch.float32, "cpu", torch.Generator().manual_seed(0), add_noise=False
+        )
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def _means(encoded: Any) -> Any:
+    """The same, but a sample of it is its mean: what the shards keep."""
+    encoded.latent_dist.std = torch.zeros_like(encoded.latent_dist.std)
+    return encoded

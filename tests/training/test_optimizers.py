@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from training.optimizers import OPTIMIZERS, SCHEDULES, Ema, check_optimizer, learning_rate, make_optimizer
 
-HERE = [name for name in OPTIMIZERS if name != "adamw-8bit"]  # that one needs CUDA
+HERE = [name for name in OPTIMIZERS if name != "adamw-8bit"]  # that one needs a package of its own
 RUNS = st.tuples(st.sampled_from(SCHEDULES), st.integers(1, 400), st.integers(0, 100), st.floats(1e-9, 1.0))
 
 
@@ -84,16 +84,30 @@ def test_fused_steps_are_the_same() -> None:
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"training\.optimizer='adamw8': there are adamw, adamw-8bit, adafactor"):
         check_optimizer("adamw8", "cuda:0")
-    with pytest.raises(ValueError, match="needs a CUDA device, not 'cpu'; use adamw or adafactor"):
-        make_optimizer("adamw-8bit", [parameter()], 1e-3, 0.0, fused=True)
+    with pytest.raises(ValueError, match="runs on cuda and cpu, not 'mps'; use adamw or adafactor"):
+        check_optimizer("adamw-8bit", "mps")
     for name in HERE:
         check_optimizer(name, "cpu")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 def test_a_missing_package_is_named() -> None:
-    with pytest.raises(ValueError, match=r"adamw-8bit.*pip install bitsandbytes"):
-        check_optimizer("adamw-8bit", "cuda:0")
+    for device in ("cuda:0", "cpu"):
+        with pytest.raises(ValueError, match=r"adamw-8bit.*pip install bitsandbytes"):
+            check_optimizer("adamw-8bit", device)
+
+
+@pytest.mark.parametrize(("version", "able"), [("0.50.2", True), ("1.0.0", True), ("0.49.0", False), ("0.9.1", False)])
+def test_8_bits_on_a_cpu_need_a_version_that_has_them(
+    monkeypatch: pytest.MonkeyPatch, version: str, able: bool
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    check_optimizer("adamw-8bit", "cuda:0")
+    if able:
+        return check_optimizer("adamw-8bit", "cpu")
+    with pytest.raises(ValueError, match=rf"on a CPU needs bitsandbytes 0\.50 or later, here is {version}.*adafactor"):
+        check_optimizer("adamw-8bit", "cpu")
 
 
 def test_a_recipe_is_checked_without_torch() -> None:

@@ -1,8 +1,9 @@
 """What may change about a run: its reference, its draws, its average, its held-out pairs, its processes."""
 
 import copy
+import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,23 +54,34 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+class Cut(RuntimeError):
+    """What ends a training early."""
+
+
+def cut_at(last: int) -> Callable[[int, dict[str, float]], None]:
+    """Ends it after so many steps."""
+
+    def stop(step: int, metrics: dict[str, float]) -> None:
+        if step == last:
+            raise Cut
+
+    return stop
+
+
+NEEDS_PACKAGE = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, pytest.param("8-bit states of all weights", marks=NEEDS_PACKAGE)])
 def test_a_resumed_run_is_bit_equal_whatever_it_keeps(world: Path, tmp_path: Path, name: str) -> None:
-    changes = {"beta": 200.0, **OPTIONS[name]}
+    changes = {"beta": 200.0, **OPTIONS.get(name, {"optimizer": "adamw-8bit", "method": "full"})}
     train(plan_in(world, tmp_path / "whole", **changes))
     plan = plan_in(world, tmp_path / "cut", **changes)
 
-    class Cut(RuntimeError):
-        pass
-
     for last in (1, 5):  # before the first checkpoint, and between two
-
-        def stop(step: int, metrics: dict[str, float], last: int = last) -> None:
-            if step == last:
-                raise Cut
-
         with pytest.raises(Cut):
-            train(plan, stop)
+            train(plan, cut_at(last))
     train(plan)
     whole, cut = all_tensors(tmp_path / "whole"), all_tensors(tmp_path / "cut")
     assert whole.keys() == cut.keys() and len(whole) > 10
@@ -296,3 +308,47 @@ def test_the_policy_moves_and_the_first_reference_does_not(world: Path, tmp_path
     run.step(0)
     assert all(torch.equal(before[name], tensor) for name, tensor in run.policy.reference_weights().items())
     assert run.loss(run.pairs.read([(0, 0)])).metrics["margin"].item() != 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "refresh", "copied"), [("dpo", 0, True), ("sft", 0, False), ("mapo", 0, False), ("sft", 3, True)]
+)
+def test_a_full_training_copies_the_network_only_where_a_reference_is_asked_for(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, refresh: int, copied: bool
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr("training.policy.deepcopy", lambda network: made.append(network) or copy.deepcopy(network))
+    run = Run(plan_in(world, tmp_path, method="full", loss=loss, refresh_reference=refresh))
+    assert len(made) == copied
+    assert run.step(0)["grad_norm"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_compiled_blocks_train_as_eager_ones_and_resume(world: Path, tmp_path: Path, method: str) -> None:
+    """With every variant compiled: none falls back after the compiler's limit of them."""
+    options: dict[str, object] = {"method": method, "beta": 200.0, "compile": True}
+    eager, compiled = (Run(plan_in(world, tmp_path, **{**options, "compile": on})) for on in (False, True))
+    assert any(module._compiled_call_impl is not None for module in compiled.policy.network.modules())
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for run in (eager, compiled):
+            run.loss(run.pairs.read(positions_of_step(0, 4, 12, 0))).loss.mean().backward()
+        for wanted, found in zip(eager.policy.parameters(), compiled.policy.parameters(), strict=True):
+            torch.testing.assert_close(known_grad(found), known_grad(wanted), rtol=1e-3, atol=1e-5)
+        steps = [[run.step(step) for step in range(2)] for run in (eager, compiled)]
+        for name in ("loss", "grad_norm", "winner_error_delta", "loser_error_delta"):
+            values = [[metrics[name] for metrics in each] for each in steps]
+            assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-5), name
+        train(plan_in(world, tmp_path / "whole", **options))
+        plan = plan_in(world, tmp_path / "cut", **options)
+        with pytest.raises(Cut):
+            train(plan, cut_at(5))
+        train(plan)
+    whole, cut = all_tensors(tmp_path / "whole"), all_tensors(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole) and len(whole) > 10
+
+
+def known_grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -19,7 +19,7 @@ from training.loss_table import preference_loss
 from training.losses import LossOutput, PairErrors
 from training.models import ADAPTER_FILE, ModelError, ModelRef, fuse_adapter, load_network, load_pipeline
 from training.plan import TrainingPlan
-from training.policy import FullPolicy, Lora, LoraPolicy
+from training.policy import ATTENTION, FullPolicy, Lora, LoraPolicy
 from training.run import Run
 from training.shards import ShardError
 from training.trainer import train
@@ -167,11 +167,21 @@ def test_full_training_from_an_adapter_starts_at_the_fused_champion(world: Path,
     assert not any("lora" in name for name, _ in full.named_parameters())
 
 
-def test_another_rank_than_the_champions_is_refused(world: Path, tmp_path: Path) -> None:
+def test_another_shape_than_the_champions_is_refused(world: Path, tmp_path: Path) -> None:
     train(plan_in(world, tmp_path, steps=1))
     champion = ModelRef(str(world / "base"), adapter=str(tmp_path / "adapter"))
-    with pytest.raises(ModelError, match=r"lora_rank=8.*rank 4 and alpha 4"):
-        LoraPolicy(champion, Lora(8, 8.0), "cpu", "auto", 0)
+    for other, message in [
+        (Lora(8, 8.0), r"rank \[4\] and alpha 4, but training\.lora_rank=8"),
+        (Lora(4, 4.0, dora=True), r"is no DoRA, but training\.lora_dora=True"),
+        (
+            Lora(4, 4.0, ["to_q", "to_v"]),
+            r"32 layers .*'to_k', .*lora_targets=\['to_q', 'to_v'\] means 16",
+        ),
+        (Lora(4, 4.0, [*ATTENTION, "proj_in"]), r"32 layers .*lora_targets=.*'proj_in'\] means 36, .*proj_in' among"),
+    ]:
+        with pytest.raises(ModelError, match=message):
+            LoraPolicy(champion, other, "cpu", "auto", 0)
+    LoraPolicy(champion, Lora(4, 4.0, ATTENTION[::-1]), "cpu", "auto", 0)  # their order means nothing
 
 
 def test_a_champion_is_not_rounded_by_a_half_precision_base(world: Path, tmp_path: Path) -> None:
