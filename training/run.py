@@ -1,7 +1,7 @@
 """One training run: its model, optimizer and data in this process, one optimizer step at a time."""
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from training.plan import TrainingPlan
 from training.policy import FullPolicy, LoraPolicy, Policy
 from training.reference_errors import ReferenceErrors
 from training.safetensors_file import add_metadata, training_metadata
+from training.text_encoders import check_text_encoders
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +38,7 @@ class Run:
 
     def __init__(self, plan: TrainingPlan) -> None:
         check_options(plan.loss, LossOptions.of(plan))
+        check_text_encoders(plan.method, plan.text_encoders, plan.model)
         self.plan = plan
         self.pairs = _pairs(plan)
         self.accelerator = _accelerator(plan)
@@ -62,6 +64,8 @@ class Run:
         )
         self.ema = Ema(self.policy.weights(), plan.ema) if plan.ema else None
         self.network, self.optimizer = self.accelerator.prepare(self.policy.network, optimizer)
+        encoders = self.policy.encoders
+        self.encoders = None if encoders is None else self.accelerator.prepare(encoders)
         draws = plan.noise_draws
         self.kept = ReferenceErrors(len(self.pairs), draws, self.device) if draws else None
         self.loss = self._loss()
@@ -73,8 +77,9 @@ class Run:
         whole = whole_picture(self.pairs.latent_shape, picture_scale(plan.model)) if family.takes_time_ids else None
         empty: PromptEmbeddings | None = embed_negative(plan.model) if plan.prompt_dropout else None
         return PairLoss(
-            plan, self.policy, self.network, process, self.device, self.accelerator.autocast, whole, empty, self.kept
-        )
+            plan, self.policy, self.network, process, self.device, self.accelerator.autocast, whole, empty, self.kept,
+            self.encoders,
+        )  # fmt: skip
 
     def resume(self, output: Path, recorded: int) -> int:
         """Load the newest checkpoint whose steps are all recorded; returns the number of steps it has done.
@@ -124,7 +129,7 @@ class Run:
         outputs: list[LossOutput] = []
         for batch in batches:
             last = batch is batches[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.network):
+            with nullcontext() if last else self._no_sync():
                 output = self.loss(batch)
                 # The gradients of the processes are averaged, not added.
                 self.accelerator.backward(output.loss.sum() * self.accelerator.num_processes / plan.batch_size)
@@ -145,6 +150,14 @@ class Run:
             metrics |= self.look_at_heldout()
         pace = plan.batch_size / (time.perf_counter() - started)
         return {"step": step + 1, **metrics, "learning_rate": rate, "pairs_per_second": pace}
+
+    def _no_sync(self) -> ExitStack:
+        """Gradients stay in this process, inside."""
+        with ExitStack() as stack:
+            for module in (self.network, self.encoders):
+                if module is not None:
+                    stack.enter_context(self.accelerator.no_sync(module))
+            return stack.pop_all()
 
     def _batches(self, step: int) -> list[PairBatch]:
         """This process's part of the step's pairs, in as many forward passes as every other process does."""
@@ -268,7 +281,9 @@ def _policy(plan: TrainingPlan, device: str) -> Policy:
     frozen = FROZEN[plan.mixed_precision] if plan.dtype == "auto" else plan.dtype
     if (frozen, plan.mixed_precision) == ("float16", "no"):
         frozen = "float32"  # small gradients would vanish without loss scaling
-    return LoraPolicy(plan.model, plan.lora, device, frozen, plan.seed, bool(plan.refresh_reference))
+    return LoraPolicy(
+        plan.model, plan.lora, device, frozen, plan.seed, bool(plan.refresh_reference), plan.text_encoders
+    )
 
 
 def watch_of(plan: TrainingPlan) -> Watch:
