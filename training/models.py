@@ -207,9 +207,9 @@ def fuse_adapter(network: "torch.nn.Module", adapter: str, prefix: str) -> None:
 
 def _fuse_encoders(pipeline: "DiffusionPipeline", ref: ModelRef) -> None:
     """The same for the text encoders, where the adapter has something for them."""
-    from training.text_encoders import fuse_encoders
-
     if ref.adapter:
+        from training.text_encoders import fuse_encoders
+
         fuse_encoders(pipeline, ref.adapter)
 
 

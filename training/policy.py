@@ -99,6 +99,8 @@ class LoraPolicy:
     ) -> None:
         """Each from the champion, or, where that left it alone, anew."""
         tuned = adapted_encoders(adapter) if adapter else []
+        if lost := sorted(set(tuned) - set(encoders.parts())):
+            raise ModelError(f"{adapter}: also changes {lost[0]}, which is not trained here and would be lost")
         for part, encoder in encoders.parts().items():
             if adapter and part in tuned:
                 config = add_tuned(encoder, part, Path(adapter) / ADAPTER_FILE, [REFERENCE, POLICY])

@@ -1,8 +1,8 @@
 """Text encoders that are trained together with the network: what they make of captions, and their part of an adapter.
 
 Only the CLIP encoders (`Family.text_encoders`), only by LoRA (DoRA stays the network's: diffusers does not find the
-magnitudes of a text encoder). Their embeddings are computed in every step; what else
-the network is told of a prompt (T5's embedding) is taken from the shards.
+magnitudes of a text encoder). Their embeddings are computed in every step; what else the network is told of a prompt
+(T5's embedding) is taken from the shards.
 """
 
 import json
