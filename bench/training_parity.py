@@ -63,6 +63,7 @@ def _batch(step: Step, count: int) -> PairBatch:
     return PairBatch(
         step.latents[:count], step.latents[count:], PromptEmbeddings(step.tokens[:count], pooled), sizes,
         unknown, unknown, [(str(index), 0) for index in range(count)], list(range(count)),
+        [""] * count,
     )  # fmt: skip
 
 

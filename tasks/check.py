@@ -130,6 +130,8 @@ def _check_scheduler_fits(recipe: Recipe) -> None:
 
 def check_training(recipe: Recipe) -> None:
     """What the trainer would refuse only after everything has been generated."""
+    from training.text_encoders import check_text_encoders  # torch is not needed to import this module
+
     training, device = recipe.training, resolve_device(recipe.execution.device)
     if training.mixed_precision == "fp16" and not device.startswith("cuda"):
         raise ParameterError(f"training.mixed_precision='fp16' needs a CUDA device, not {device!r}; use bf16 or no")
@@ -138,6 +140,7 @@ def check_training(recipe: Recipe) -> None:
     try:
         ref = ModelRef(recipe.base_model, recipe.revision)
         family_for(ref).check(ref)
+        check_text_encoders(training.method, training.text_encoders, ref)
         if training.method == "lora":
             check_lora_targets(recipe.base_model, recipe.revision, training.lora_targets)
     except ModelError as error:
@@ -156,7 +159,7 @@ def _check_execution(recipe: Recipe, device: str) -> None:
         check_optimizer(training.optimizer, device)
         check_trackers(execution.trackers)
         if execution.shard:
-            check_sharding(training.optimizer, execution.offload_reference)
+            check_sharding(training.optimizer, execution.offload_reference, training.text_encoders)
         process_count(execution.processes, execution.device, training.batch_size)
     except ValueError as error:
         raise ParameterError(str(error)) from error

@@ -13,13 +13,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scoring.expressions import Expression, leaves, parse
 from scoring.registry import ScorerSource
+from tasks.models import absolute
 from tasks.prompts import Prompts, draw_prompts, prompt_pools
 from tasks.recipe import ParameterError, Recipe
 from tasks.workspace import Cycle, Experiment, Part
-from training.models import (
-    ModelRef,
-    model_digest,
-)
+from training.models import ModelError, ModelRef, model_digest
 from training.pairs import seed_for
 from training.shards import write_json
 
@@ -261,7 +259,21 @@ def current_model(experiment: Experiment, recipe: Recipe, digest: str) -> tuple[
             "give another name as experiment"
         )
     _check_adapter(experiment.cycle(champion["cycle"]), model, recipe)
+    check_start(absolute(model, experiment.folder), recipe)
     return champion["cycle"], model, champion["label"], champion["labellers"]
+
+
+def check_start(model: ModelRef, recipe: Recipe) -> None:
+    """Refuse to train without the text encoders that the model to start from, with absolute paths, has tuned already.
+
+    Raises ParameterError.
+    """
+    from training.text_encoders import check_text_encoders  # torch is not needed to import this module
+
+    try:
+        check_text_encoders(recipe.training.method, recipe.training.text_encoders, model)
+    except ModelError as error:
+        raise ParameterError(str(error)) from error
 
 
 def _check_adapter(cycle: Cycle, model: ModelRef, recipe: Recipe) -> None:

@@ -152,6 +152,10 @@ class Training(Section):
     lora_alpha: float = preset_value("The adapter is scaled by alpha / rank.", gt=0)
     lora_targets: list[str] = preset_value("Endings of the names of the layers that get an adapter.", min_length=1)
     lora_dora: bool = preset_value("Also train the magnitude of each adapted layer's outputs (DoRA).")
+    text_encoders: bool = preset_value(
+        "With method lora: an adapter of the same rank also on the attention of the CLIP text encoders. Needs the "
+        "captions to be embedded in each step."
+    )
     checkpoint_every: int = preset_value("Steps between resumable checkpoints.", ge=1)
     mixed_precision: Literal["no", "fp16", "bf16"] = preset_value("Autocast precision of the UNet.")
 

@@ -9,7 +9,7 @@ from typing import Any
 from prefect import task
 
 from tasks.check import check_device, check_training
-from tasks.plan import code_versions, difference
+from tasks.plan import check_start, code_versions, difference
 from tasks.recipe import ParameterError, Recipe
 from tasks.train import lora_of, plan_training, run_training
 from tasks.workspace import plain_name
@@ -42,6 +42,7 @@ def start_model(recipe: Recipe, adapter: str | None) -> ModelRef:
         return base
     folder, what = Path(adapter).expanduser().resolve(), f"adapter={adapter!r}"
     model = _trained(folder, base, what)
+    check_start(model, recipe)
     if model.adapter and recipe.training.method == "lora":
         _check_shape(Path(model.adapter), recipe, what)
     return model

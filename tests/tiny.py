@@ -152,6 +152,7 @@ guidance_input = 1.0
 heldout_share = 0.0
 heldout_every = 50
 lora_dora = false
+text_encoders = false
 checkpoint_every = 2
 mixed_precision = "no"
 [evaluation]

@@ -29,7 +29,7 @@ class PairBatch(NamedTuple):
 
     soft_label: P(labelled winner is preferred), (pairs,) float32. margin: the scorer's, over the mean margin of all
     trainable pairs, (pairs,) float32. Both NaN where not known. draws: for each pair its id and how often the data set
-    was passed before (the key of its noise). indices: the pairs' places among all.
+    was passed before (the key of its noise). indices: the pairs' places among all. captions: of their prompts.
     """
 
     winner: torch.Tensor
@@ -40,6 +40,7 @@ class PairBatch(NamedTuple):
     margin: torch.Tensor
     draws: list[tuple[str, int]]
     indices: list[int]
+    captions: list[str]
 
 
 class _Row(NamedTuple):
@@ -83,6 +84,7 @@ class PreferencePairs:
         self._folder = folder
         there = [name for name in COLUMNS if name in schema.names]
         self._columns = {name: [latents(batch.column(name)) for batch in batches] for name in there}
+        self._captions = [batch.column("caption") for batch in batches]
         self._time_ids = None
         if "time_ids_0" in schema.names:
             self._time_ids = [[_time_ids(batch, side) for side in (0, 1)] for batch in batches]
@@ -127,6 +129,7 @@ class PreferencePairs:
             margin=torch.tensor([row.margin for row in rows]) / self._mean_margin,
             draws=[(row.pair_id, epoch) for row, (epoch, _) in zip(rows, positions, strict=True)],
             indices=[index for _, index in positions],
+            captions=[self._captions[row.batch][row.row].as_py() for row in rows],
         )
 
     def _vectors(self, column: str, rows: Sequence[_Row]) -> torch.Tensor:

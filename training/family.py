@@ -83,6 +83,8 @@ class Family(ABC):
     """One family. pipeline: diffusers' class. network: the component that is trained; network_class: its class.
 
     flow: noised by flow matching. pooled: its networks take a pooled text embedding. takes_time_ids: they take sizes.
+    text_encoders: the components that can be trained with the network: the CLIP encoders. T5 is left as it is.
+    read_to_last_but_one: those of them of which only the last layer but one is read.
     """
 
     pipeline: ClassVar[str]
@@ -91,10 +93,17 @@ class Family(ABC):
     flow: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
     takes_time_ids: ClassVar[bool] = False
+    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    read_to_last_but_one: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
         """The text encoders' outputs."""
+
+    def embed_anew(self, pipeline: "DiffusionPipeline", prompts: list[str], kept: PromptEmbeddings) -> PromptEmbeddings:
+        """The outputs of `text_encoders` alone, which the pipeline must have. kept: known embeddings of the same
+        prompts, from which that of any other encoder is taken."""
+        return self.embed(pipeline, prompts)
 
     def negative(self, pipeline: "DiffusionPipeline") -> PromptEmbeddings:
         """What guidance leads away from: one row."""

@@ -35,12 +35,19 @@ class StableDiffusion3(_FlowModel):
 
     pipeline = "StableDiffusion3Pipeline"
     network_class = "SD3Transformer2DModel"
+    text_encoders = ("text_encoder", "text_encoder_2")
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
         found = pipeline.encode_prompt(
             prompts, prompts, prompts, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
         )
         return PromptEmbeddings(found[0], found[2])
+
+    def embed_anew(self, pipeline: "DiffusionPipeline", prompts: list[str], kept: PromptEmbeddings) -> PromptEmbeddings:
+        """CLIP's rows come first, then T5's, for which a pipeline without it has zeros."""
+        found, rows = self.embed(pipeline, prompts), pipeline.tokenizer_max_length
+        tokens = torch.cat([found.tokens[:, :rows], kept.tokens[:, rows:].to(found.tokens)], dim=1)
+        return PromptEmbeddings(tokens, found.pooled)
 
     def sample(
         self,
@@ -78,6 +85,11 @@ class Flux(_FlowModel):
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
         tokens, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.text_encoder.device)
         return PromptEmbeddings(tokens, pooled)
+
+    def embed_anew(self, pipeline: "DiffusionPipeline", prompts: list[str], kept: PromptEmbeddings) -> PromptEmbeddings:
+        """CLIP gives the pooled embedding, T5 the tokens. (`encode_prompt` would ask for both.)"""
+        pooled = pipeline._get_clip_prompt_embeds(prompts, device=pipeline.text_encoder.device)
+        return PromptEmbeddings(kept.tokens, pooled)
 
     def sample(
         self,

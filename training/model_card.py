@@ -54,6 +54,7 @@ def model_card(
         f"# {kind} for {base.name}, tuned {'on preferences' if 'imported' in data else 'from AI feedback'}",
         f"Trained for {record['steps']} steps with the loss `{record['loss']}` on {record['pairs']} preference pairs "
         f"of generated pictures. {origin(data)}",
+        *([_TEXT_ENCODERS] if lora and plan.get("text_encoders") else []),
         "## Use",
         _usage(record, base, repo_id),
         *([_KOHYA] if kohya and lora else []),
@@ -76,6 +77,9 @@ def model_card(
 _LOCAL = re.compile(r"(?<![\w:/.])/(?:[^\s/|,\"'()]+/)+(?=[^\s/|,\"'()])")
 """The folders of an absolute path, which is nobody else's business; no part of a URL."""
 _KOHYA = f"For ComfyUI, A1111 and Forge: put `{KOHYA_FILE}` into their `loras` folder."
+_TEXT_ENCODERS = (
+    "It also tunes the text encoders: embed prompts, and the empty one for guidance, with the adapter loaded."
+)
 _LIMITS = (
     "What the base model gets wrong the tuned one may get wrong too, and training turns the leanings of the scorers "
     "up. The licence of the base model goes on to apply; this card states none of its own."

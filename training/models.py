@@ -179,6 +179,7 @@ def load_pipeline(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
     pipeline.set_progress_bar_config(disable=True)
     if ref.adapter:
         fuse_adapter(getattr(pipeline, family.network), ref.adapter, family.network)
+    _fuse_encoders(pipeline, ref)
     if precision == torch.float16 and pipeline.vae.config.force_upcast:
         pipeline.vae.to(torch.float32)  # SDXL's own decoder overflows float16: black pictures
     pipeline.to(device)
@@ -202,6 +203,14 @@ def fuse_adapter(network: "torch.nn.Module", adapter: str, prefix: str) -> None:
     network.load_lora_adapter(adapter, weight_name=ADAPTER_FILE, adapter_name="fused", prefix=prefix)
     network.fuse_lora(adapter_names=["fused"])
     network.unload_lora()
+
+
+def _fuse_encoders(pipeline: "DiffusionPipeline", ref: ModelRef) -> None:
+    """The same for the text encoders, where the adapter has something for them."""
+    if ref.adapter:
+        from training.text_encoders import fuse_encoders
+
+        fuse_encoders(pipeline, ref.adapter)
 
 
 def quiet_libraries() -> None:
@@ -253,14 +262,34 @@ def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
     )
     if precision == torch.bfloat16 or (precision == torch.float16 and pipeline.vae.config.force_upcast):
         pipeline.vae.to(torch.float32)
+    _fuse_encoders(pipeline, ref)
     for name, part in pipeline.components.items():
         if isinstance(part, torch.nn.Module) and name != family.network:
             part.to(device)
     return pipeline
 
 
+def load_trainable_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "DiffusionPipeline":
+    """The pipeline with nothing but the base's own `Family.text_encoders`, without any adapter, and an outline of its
+    network: enough for `Family.embed_anew`."""
+    import diffusers
+
+    family = family_for(ref)
+    quiet_libraries()
+    parts = _left_out(ref) | {family.network: network_outline(ref), "vae": None}
+    for name in model_index(ref.base, ref.revision):
+        if name.startswith("text_encoder") and name not in family.text_encoders:
+            parts |= {name: None, name.replace("text_encoder", "tokenizer"): None}
+    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
+        ref.base, revision=ref.revision, dtype=resolve_dtype(dtype, device), **parts
+    )
+    for name in family.text_encoders:
+        getattr(pipeline, name).to(device)
+    return pipeline
+
+
 def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
-    """What guidance leads away from (see `sampling.negative_prompt`), computed on the CPU by the base's text encoders
+    """What guidance leads away from (see `sampling.negative_prompt`), computed on the CPU by the model's text encoders
     alone."""
     import diffusers
 
@@ -270,5 +299,6 @@ def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
     # Nothing is drawn, but SD3 without T5 asks the network for the width of its embeddings.
     parts = _left_out(ref) | {family.network: network_outline(ref), "vae": None}
     pipeline = getattr(diffusers, family.pipeline).from_pretrained(ref.base, revision=ref.revision, **parts)
+    _fuse_encoders(pipeline, ref)
     embedded: PromptEmbeddings = negative_prompt(pipeline).map(lambda each: each.float())
     return embedded

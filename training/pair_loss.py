@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,10 @@ BY_QUARTILE = ("winner_error_delta", "loser_error_delta", "margin")
 
 @dataclass
 class _Inputs:
-    """What both networks see: all winners, then (two sides) all losers, each pair with one noise, time and prompt."""
+    """What both networks see: all winners, then (two sides) all losers, each pair with one noise, time and prompt.
+
+    captions: one a pair; None = the empty prompt.
+    """
 
     noisy: torch.Tensor
     times: torch.Tensor
@@ -31,9 +34,12 @@ class _Inputs:
     target: torch.Tensor
     factor: torch.Tensor | None
     level: torch.Tensor
+    captions: list[str | None]
 
-    def rows(self, chosen: torch.Tensor) -> "_Inputs":
-        """Only these rows."""
+    def rows(self, places: list[int], sides: int) -> "_Inputs":
+        """Only the rows of these pairs."""
+        each_side = torch.tensor(places) + len(self.captions) * torch.arange(sides)[:, None]
+        chosen = to_device(each_side.flatten(), self.noisy.device)
         sizes = self.conditions.time_ids
         conditions = self.conditions._replace(
             prompts=self.conditions.prompts.map(lambda each: each[chosen]),
@@ -41,8 +47,9 @@ class _Inputs:
         )
         factor = None if self.factor is None else self.factor[chosen]
         return _Inputs(
-            self.noisy[chosen], self.times[chosen], conditions, self.target[chosen], factor, self.level[chosen]
-        )
+            self.noisy[chosen], self.times[chosen], conditions, self.target[chosen], factor, self.level[chosen],
+            [self.captions[place] for place in places],
+        )  # fmt: skip
 
 
 class PairLoss:
@@ -50,8 +57,9 @@ class PairLoss:
 
     network: the policy as it is called (wrapped, where accelerate wraps it). empty: the embedding of the empty prompt,
     one row, needed with prompt_dropout. whole: time ids of a picture at its own size, for families that take them.
-    kept: where the reference's errors are kept, None = computed each time. anywhere: whether something is so in any of
-    the processes that must run the networks at the same time as this one.
+    kept: where the reference's errors are kept, None = computed each time. encoders: the policy's text encoders as
+    they are called, where they are trained; None = prompts are embedded as the shards say. anywhere: whether something
+    is so in any of the processes that must run the networks at the same time as this one.
     """
 
     def __init__(
@@ -65,10 +73,12 @@ class PairLoss:
         whole: list[int] | None,
         empty: PromptEmbeddings | None,
         kept: ReferenceErrors | None,
+        encoders: torch.nn.Module | None = None,
         anywhere: Callable[[bool], bool] = bool,
     ) -> None:
         self.plan, self.policy, self.network, self.process = plan, policy, network, process
-        self.device, self.autocast, self.empty, self.kept, self.anywhere = device, autocast, empty, kept, anywhere
+        self.device, self.autocast, self.empty, self.kept = device, autocast, empty, kept
+        self.encoders, self.anywhere = encoders, anywhere
         self.whole = None if whole is None else torch.tensor([whole], dtype=torch.float32, device=device)
         self.family: Family = policy.family
         self.needs = LOSSES[plan.loss]
@@ -82,6 +92,7 @@ class PairLoss:
         errors: dict[str, torch.Tensor] = {}
         if self.needs.reference:  # first, so that no policy graph is held meanwhile
             errors |= _by_side("reference", self._reference_errors(inputs, batch, numbers, sides))
+        inputs = self._embed(self.encoders, inputs)
         predicted = self._predict(self.network, inputs)
         errors |= _by_side("policy", self._errors(predicted, inputs).view(sides, -1))
         if self.needs.alignment:
@@ -103,26 +114,34 @@ class PairLoss:
         noise, times = (_repeat(to_device(each, self.device), sides) for each in (noise, times))
         latents = to_device(torch.cat(images), self.device)
         noisy = self.process.add_noise(latents, noise, times)
-        prompts = self._prompts(batch.prompts, draws).map(lambda each: _repeat(to_device(each, self.device), sides))
+        dropped = self._dropped(draws)
+        prompts = self._prompts(batch.prompts, dropped).map(lambda each: _repeat(to_device(each, self.device), sides))
+        gone = [False] * len(draws) if dropped is None or self.encoders is None else dropped.tolist()
         conditions = Conditions(
             prompts.to(self.device, self.precision), self._sizes(batch, sides), self.plan.guidance_input
         )
         return _Inputs(
             noisy.to(self.precision), times, conditions, self.process.target(latents, noise, times),
             self.process.error_factor(times, self.plan.error_space), self.process.level(times),
+            [None if without else text for text, without in zip(batch.captions, gone, strict=True)],
         )  # fmt: skip
 
-    def _prompts(self, prompts: PromptEmbeddings, draws: list[tuple[str, int]]) -> PromptEmbeddings:
+    def _dropped(self, draws: list[tuple[str, int]]) -> torch.Tensor | None:
+        """Which draws see the empty prompt, (pairs,) on the CPU. None: no draw does."""
+        if self.empty is None or _held_out(draws):
+            return None
+        keys = [generator_of(f"{self.plan.seed}:prompt:{pair}:{number}") for pair, number in draws]
+        return torch.stack([torch.rand((), generator=key) for key in keys]) < self.plan.prompt_dropout
+
+    def _prompts(self, prompts: PromptEmbeddings, dropped: torch.Tensor | None) -> PromptEmbeddings:
         """A share of draws sees the empty prompt; both sides of a pair see the same."""
         if self.family.pooled and prompts.pooled is None:
             raise ShardError(
                 f"{self.plan.pairs}: no column pooled_embedding, which a {self.family.pipeline} takes; the pairs are "
                 "another model's"
             )
-        if self.empty is None or _held_out(draws):
+        if self.empty is None or dropped is None:
             return prompts
-        keys = [generator_of(f"{self.plan.seed}:prompt:{pair}:{number}") for pair, number in draws]
-        dropped = torch.stack([torch.rand((), generator=key) for key in keys]) < self.plan.prompt_dropout
         empty = self.empty
 
         def replace(each: torch.Tensor) -> torch.Tensor:
@@ -146,14 +165,23 @@ class PairLoss:
         missing = self.kept.missing(batch.indices, numbers)
         if self.anywhere(bool(missing)):
             rows = missing or [0]  # known already, but the other processes need our part of the network
-            chosen = torch.tensor(rows) + len(numbers) * torch.arange(sides)[:, None]
-            new = self._reference(inputs.rows(to_device(chosen.flatten(), self.device))).view(sides, -1)
+            new = self._reference(inputs.rows(rows, sides)).view(sides, -1)
             self.kept.put([batch.indices[row] for row in rows], [numbers[row] for row in rows], new)
         return self.kept.get(batch.indices, numbers, sides)
 
     def _reference(self, inputs: _Inputs) -> torch.Tensor:
         with self.policy.reference() as network:
-            return self._errors(self._predict(network, inputs), inputs)
+            return self._errors(self._predict(network, self._embed(self.policy.encoders, inputs)), inputs)
+
+    def _embed(self, encoders: torch.nn.Module | None, inputs: _Inputs) -> _Inputs:
+        """The same with what the encoders, as they are now, make of the captions: once a pair, for both sides."""
+        if encoders is None:
+            return inputs
+        pairs, before = len(inputs.captions), inputs.conditions.prompts
+        with self.autocast():
+            found: PromptEmbeddings = encoders(inputs.captions, before[:pairs])
+        prompts = found.map(lambda each: _repeat(each, len(before) // pairs)).to(self.device, self.precision)
+        return replace(inputs, conditions=inputs.conditions._replace(prompts=prompts))
 
     def _errors(self, predicted: torch.Tensor, inputs: _Inputs) -> torch.Tensor:
         errors = squared_error(predicted, inputs.target)

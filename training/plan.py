@@ -23,6 +23,8 @@ class TrainingPlan:
     linear from 0; then `schedule`, see `optimizers.learning_rate`. loss: a key of `loss_table.LOSSES`, with the
     options of `loss_table.LossOptions`.
 
+    text_encoders: whether `lora` also goes on the attention of the CLIP encoders, see `training.text_encoders`.
+
     noise_draws: how many different noises and times a pair is seen with; later epochs repeat them, and the reference's
     errors are kept instead of computed again. 0 = new ones in each epoch. refresh_reference: every so many steps the
     policy becomes the reference; 0 = never. prompt_dropout: share of draws in which a pair, both sides of it, is
@@ -52,6 +54,7 @@ class TrainingPlan:
     beta: float
     checkpoint_every: int
     seed: int
+    text_encoders: bool = False
     loss: str = "dpo"
     label_smoothing: float = 0.0
     soft_labels: bool = False

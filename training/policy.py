@@ -1,14 +1,14 @@
 """The network in training and the reference it may not drift from.
 
 LoRA: one network; the reference is the same network with the adapter disabled, or, where it is not the base itself (a
-champion's adapter, a reference that is refreshed), with a frozen adapter in its place. Full: the reference is a
-frozen copy, which may wait in main memory.
+champion's adapter, a reference that is refreshed), with a frozen adapter in its place. The text encoders, where they
+are trained too, likewise. Full: the reference is a frozen copy, which may wait in main memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from training.adapter_shape import check_adapter
 from training.models import (
     ADAPTER_FILE,
+    ModelError,
     ModelRef,
     family_for,
     fuse_adapter,
@@ -24,6 +25,15 @@ from training.models import (
     prefer_channels_last,
 )
 from training.sharding import parts, put
+from training.text_encoders import (
+    PROJECTIONS,
+    TextEncoders,
+    adapted_encoders,
+    add_tuned,
+    check_text_encoders,
+    load_text_encoders,
+    portable,
+)
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -61,36 +71,63 @@ class LoraPolicy:
     """A frozen network with a trainable adapter. Its parameters are float32 whatever the network's precision:
     one AdamW step at learning rate 1e-5 would change only 2.5 % of bfloat16 adapter weights.
 
-    moving_reference: `refresh_reference` will be called.
+    moving_reference: `refresh_reference` will be called. text_encoders: train them too; `encoders` is None else.
     """
 
     def __init__(
-        self, ref: ModelRef, lora: Lora, device: str, dtype: str, seed: int, moving_reference: bool = False
-    ) -> None:
+        self, ref: ModelRef, lora: Lora, device: str, dtype: str, seed: int, moving_reference: bool = False,
+        text_encoders: bool = False,
+    ) -> None:  # fmt: skip
+        check_text_encoders("lora", text_encoders, ref)
         self.family = family_for(ref)
         self.network = load_network(ref, device, dtype)
         self.network.requires_grad_(False)
+        self.encoders = load_text_encoders(ref, device, dtype) if text_encoders else None
+        names = [POLICY, REFERENCE] if moving_reference or ref.adapter else [POLICY]
         if ref.adapter:
             self._start_from(ref.adapter, lora)
         else:
-            self._start_anew(lora, seed, [POLICY, REFERENCE] if moving_reference else [POLICY])
+            self._start_anew(self.network, lora, seed, names)
         prefer_channels_last(self.network)
-        self._layers = _adapter_layers(self.network)
+        if self.encoders is not None:
+            wanted = replace(lora, targets=PROJECTIONS, dora=False)
+            self._start_encoders(self.encoders, ref.adapter, wanted, seed, names)
+        self._layers = [layer for part in self._parts().values() for layer in _adapter_layers(part)]
 
-    def _start_anew(self, lora: Lora, seed: int, names: list[str]) -> None:
+    def _parts(self) -> dict[str, torch.nn.Module]:
+        """Everything that has adapters, by its name in the pipeline."""
+        return {self.family.network: self.network} | (self.encoders.parts() if self.encoders is not None else {})
+
+    def _start_encoders(
+        self, encoders: TextEncoders, adapter: str | None, lora: Lora, seed: int, names: list[str]
+    ) -> None:
+        """Each from the champion, or, where that left it alone, anew."""
+        tuned = adapted_encoders(adapter) if adapter else []
+        if lost := sorted(set(tuned) - set(encoders.parts())):
+            raise ModelError(f"{adapter}: also changes {lost[0]}, which is not trained here and would be lost")
+        for part, encoder in encoders.parts().items():
+            if adapter and part in tuned:
+                config = add_tuned(encoder, part, Path(adapter) / ADAPTER_FILE, [REFERENCE, POLICY])
+                _check_shape(config, lora, adapter)
+                _train_policy_only(encoder)
+            else:
+                self._start_anew(encoder, lora, seed, names)
+        encoders.freeze_unread()
+
+    def _start_anew(self, network: torch.nn.Module, lora: Lora, seed: int, names: list[str]) -> None:
         """Adapters that change nothing yet, all with the same weights."""
         for name in names:
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
-                self.network.add_adapter(lora.config(), name)
-        self._train_policy_only()
+                network.add_adapter(lora.config(), name)
+        _train_policy_only(network)
         if lora.dora:
-            self._measure(names)
+            self._measure(network, names)
 
-    def _measure(self, names: list[str]) -> None:
+    def _measure(self, network: torch.nn.Module, names: list[str]) -> None:
         """DoRA's magnitudes, which were measured in the precision of the network, in float32, as each forward pass
         measures the weights: the policy then starts at the reference exactly."""
-        for layer in _adapter_layers(self.network):
+        for layer in _adapter_layers(network):
             for name in names:
                 magnitude = layer.lora_magnitude_vector[name]
                 norm = magnitude.get_weight_norm(layer.get_base_layer().weight.float(), 0.0, 1.0)
@@ -104,7 +141,7 @@ class LoraPolicy:
             self.network.load_lora_adapter(
                 adapter, weight_name=ADAPTER_FILE, adapter_name=name, prefix=self.family.network
             )
-        self._train_policy_only()
+        _train_policy_only(self.network)
         self._unround(Path(adapter) / ADAPTER_FILE)
 
     def _unround(self, file: Path) -> None:
@@ -113,24 +150,31 @@ class LoraPolicy:
         from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        own = {name.removeprefix(f"{self.family.network}."): tensor for name, tensor in load_file(file).items()}
+        prefix = f"{self.family.network}."
+        named = [(name, tensor) for name, tensor in load_file(file).items() if name.startswith(prefix)]
+        own = {name.removeprefix(prefix): tensor for name, tensor in named}
         own = convert_unet_state_dict_to_peft(own)  # files of version 0.1 have diffusers' older names
         for name in (REFERENCE, POLICY):
             set_peft_model_state_dict(self.network, own, name)
 
-    def _train_policy_only(self) -> None:
-        self.network.set_adapter(POLICY)
-        for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(f".{POLICY}." in name)
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """All parameters; those of the text encoders begin with their encoder's name."""
+        yield from parts(self.network)
+        if self.encoders is not None:
+            yield from self.encoders.named_parameters()
+
+    def _of_part(self, part: str, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of one of `_parts`, by their names in it."""
+        prefix = "" if part == self.family.network else f"{part}."
+        own = {f"{prefix}{name}" for name, _ in self._parts()[part].named_parameters()}
+        return {name.removeprefix(prefix): each for name, each in weights.items() if name in own}
 
     def parameters(self) -> list[torch.nn.Parameter]:
-        return [p for p in self.network.parameters() if p.requires_grad]
+        return [p for _, p in self._named() if p.requires_grad]
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
-        """The reference network, without gradients.
+        """The reference network, without gradients. Inside, `encoders` are the reference's too.
 
         Flips a flag on the cached adapter layers: peft's own switch walks every module twice a step.
         """
@@ -158,7 +202,7 @@ class LoraPolicy:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name."""
-        return {name: p.detach() for name, p in parts(self.network) if p.requires_grad}
+        return {name: p.detach() for name, p in self._named() if p.requires_grad}
 
     def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Put these in the place of the trained tensors."""
@@ -166,7 +210,7 @@ class LoraPolicy:
 
     def reference_weights(self) -> dict[str, torch.Tensor]:
         """The tensors that `refresh_reference` changes."""
-        return {name: p.detach() for name, p in parts(self.network) if f".{REFERENCE}." in name}
+        return {name: p.detach() for name, p in self._named() if f".{REFERENCE}." in name}
 
     def load_reference(self, weights: Mapping[str, torch.Tensor]) -> None:
         _copy(weights, self.reference_weights())
@@ -181,16 +225,12 @@ class LoraPolicy:
         some layers only, and a file that mixes both loads in part.
         """
         import diffusers
-        from peft import get_peft_model_state_dict
 
-        # PEFT's names throughout: `convert_state_dict_to_diffusers` renames attention layers alone, and a file of
-        # which the first layer is named otherwise loads without them, with a warning.
-        state = get_peft_model_state_dict(self.network, dict(weights), adapter_name=POLICY)
-        state = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
-        config = self.network.peft_config[POLICY].to_dict()
-        config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        part = self.family.network
-        told: dict[str, Any] = {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config}
+        told: dict[str, Any] = {}
+        for part, network in self._parts().items():
+            state, config = _adapter_of(network, self._of_part(part, weights))
+            state = state if part == self.family.network else portable(state)
+            told |= {f"{part}_lora_layers": state, f"{part}_lora_adapter_metadata": config}
         getattr(diffusers, self.family.pipeline).save_lora_weights(folder, **told)
         return folder / ADAPTER_FILE
 
@@ -203,7 +243,10 @@ class FullPolicy:
     nobody will ask for it, and no copy is made.
     """
 
+    encoders: TextEncoders | None = None
+
     def __init__(self, ref: ModelRef, device: str, offload: bool = False, needs_reference: bool = True) -> None:
+        check_text_encoders("full", False, ref)
         self.family = family_for(ref)
         self.network = load_network(ref, device, "float32")
         if ref.adapter:
@@ -290,6 +333,40 @@ def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]
     """Raises KeyError when a tensor has no place."""
     for name, tensor in source.items():
         put(tensor, target[name])
+
+
+def _check_shape(config: "LoraConfig", lora: Lora, adapter: str) -> None:
+    found = (config.r, float(config.lora_alpha), config.use_dora)
+    if found != (lora.rank, float(lora.alpha), lora.dora):
+        raise ModelError(
+            f"training.lora_rank={lora.rank}, lora_alpha={lora.alpha:g} and lora_dora={lora.dora}, but the "
+            f"champion's adapter {adapter} has rank {found[0]} and alpha {found[1]:g}, and dora={found[2]}; train "
+            "with these, or give a new name as experiment to start from the base model"
+        )
+
+
+def _train_policy_only(network: torch.nn.Module) -> None:
+    network.set_adapter(POLICY)
+    for config in network.peft_config.values():
+        config.base_model_name_or_path = None  # transformers notes a folder of this machine
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(f".{POLICY}." in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def _adapter_of(
+    network: torch.nn.Module, weights: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The policy's tensors under PEFT's names, and PEFT's config as JSON values. weights: by their names in network."""
+    from peft import get_peft_model_state_dict
+
+    # PEFT's names throughout: `convert_state_dict_to_diffusers` renames attention layers alone, and a file of
+    # which the first layer is named otherwise loads without them, with a warning.
+    state = get_peft_model_state_dict(network, weights, adapter_name=POLICY)
+    config = network.peft_config[POLICY].to_dict()
+    plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return {name: tensor.contiguous().cpu() for name, tensor in state.items()}, plain
 
 
 def _adapter_layers(network: torch.nn.Module) -> "list[BaseTunerLayer]":

@@ -1,7 +1,7 @@
 """One training run: its model, optimizer and data in this process, one optimizer step at a time."""
 
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from training.sharding import (
     spread_states,
     whole,
 )
+from training.text_encoders import check_text_encoders
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,13 +51,14 @@ class Run:
 
     def __init__(self, plan: TrainingPlan) -> None:
         check_options(plan.loss, LossOptions.of(plan))
+        check_text_encoders(plan.method, plan.text_encoders, plan.model)
         self.plan = plan
         self.pairs = _pairs(plan)
         self.accelerator = _accelerator(plan)
         self.device = self.accelerator.device
         self.first_process: bool = self.accelerator.is_main_process
         if is_sharded(self.accelerator):
-            check_sharding(plan.optimizer, plan.offload_reference)
+            check_sharding(plan.optimizer, plan.offload_reference, plan.text_encoders)
         if plan.batch_size % self.accelerator.num_processes:
             raise ValueError(
                 f"training.batch_size={plan.batch_size}: must be a multiple of the number of processes, "
@@ -77,6 +79,8 @@ class Run:
         if is_sharded(self.accelerator):
             self.policy.shard_reference(partial(shard_frozen, self.accelerator))
         self.ema = Ema(self.policy.weights(), plan.ema) if plan.ema else None
+        encoders = self.policy.encoders
+        self.encoders = None if encoders is None else self.accelerator.prepare(encoders)
         draws = plan.noise_draws
         self.kept = ReferenceErrors(len(self.pairs), draws, self.device) if draws else None
         self.loss = self._loss()
@@ -89,7 +93,7 @@ class Run:
         empty: PromptEmbeddings | None = embed_negative(plan.model) if plan.prompt_dropout else None
         return PairLoss(
             plan, self.policy, self.network, process, self.device, self.accelerator.autocast, size, empty, self.kept,
-            partial(anywhere, self.accelerator),
+            self.encoders, partial(anywhere, self.accelerator),
         )  # fmt: skip
 
     def resume(self, output: Path, recorded: int) -> int:
@@ -141,7 +145,7 @@ class Run:
         outputs: list[LossOutput] = []
         for batch in batches:
             last = batch is batches[-1]
-            with nullcontext() if last else self.accelerator.no_sync(self.network):
+            with nullcontext() if last else self._no_sync():
                 output = self.loss(batch)
                 # The gradients of the processes are averaged, not added.
                 self.accelerator.backward(output.loss.sum() * self.accelerator.num_processes / plan.batch_size)
@@ -162,6 +166,14 @@ class Run:
             metrics |= self.look_at_heldout()
         pace = plan.batch_size / (time.perf_counter() - started)
         return {"step": step + 1, **metrics, "learning_rate": rate, "pairs_per_second": pace}
+
+    def _no_sync(self) -> ExitStack:
+        """Gradients stay in this process, inside."""
+        with ExitStack() as stack:
+            for module in (self.network, self.encoders):
+                if module is not None:
+                    stack.enter_context(self.accelerator.no_sync(module))
+            return stack.pop_all()
 
     def _batches(self, step: int) -> list[PairBatch]:
         """This process's part of the step's pairs, in as many forward passes as every other process does."""
@@ -285,7 +297,9 @@ def _policy(plan: TrainingPlan, device: str) -> Policy:
     frozen = FROZEN[plan.mixed_precision] if plan.dtype == "auto" else plan.dtype
     if (frozen, plan.mixed_precision) == ("float16", "no"):
         frozen = "float32"  # small gradients would vanish without loss scaling
-    return LoraPolicy(plan.model, plan.lora, device, frozen, plan.seed, bool(plan.refresh_reference))
+    return LoraPolicy(
+        plan.model, plan.lora, device, frozen, plan.seed, bool(plan.refresh_reference), plan.text_encoders
+    )
 
 
 def watch_of(plan: TrainingPlan) -> Watch:

@@ -20,12 +20,17 @@ SHARDED = "FSDP"
 """accelerate's name for it."""
 
 
-def check_sharding(optimizer: str, offload_reference: bool) -> None:
+def check_sharding(optimizer: str, offload_reference: bool, text_encoders: bool) -> None:
     """Raises ValueError for what does not go with sharded weights."""
     if optimizer != "adamw":
         raise ValueError(
             f"execution.shard=true with training.optimizer={optimizer!r}: its states cannot be divided; use adamw, of "
             "whose states each process holds its part only"
+        )
+    if text_encoders:
+        raise ValueError(
+            "execution.shard=true with training.text_encoders=true: only the network can be divided; leave one of them "
+            "out"
         )
     if offload_reference:
         raise ValueError(

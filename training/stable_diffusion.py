@@ -73,6 +73,8 @@ class StableDiffusionXL(StableDiffusion):
     pipeline = "StableDiffusionXLPipeline"
     pooled = True
     takes_time_ids = True
+    text_encoders = ("text_encoder", "text_encoder_2")
+    read_to_last_but_one = ("text_encoder",)  # the other's last layer gives the pooled embedding
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
         found = pipeline.encode_prompt(prompts, device=pipeline.text_encoder.device, do_classifier_free_guidance=False)

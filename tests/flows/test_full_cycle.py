@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tasks.promote import read_champion
+from tasks.recipe import ParameterError
 from tasks.workspace import experiment_at
 from training.models import ModelRef
 from training.pairs import read_metadata
@@ -149,6 +150,39 @@ def test_the_next_cycle_starts_from_the_champion_and_draws_its_own_prompts(
     assert models == {"base+champion"}
     history = read_champion(experiment)["history"]
     assert [entry["cycle"] for entry in history] == [1, 2]
+
+
+def test_tuned_text_encoders_draw_the_evaluation_and_are_never_left_behind(tiny_preset: Path, tmp_path: Path) -> None:
+    from scoring.images import open_image
+    from tasks.generate import plan_sampler
+    from tasks.plan import read_plan
+    from tasks.workspace import Cycle
+    from training.models import load_pipeline
+    from training.sampling import embed_prompts, negative_prompt, sample_images
+
+    training = {"text_encoders": True, "steps": 2, "learning_rate": 0.1}
+    run(tiny_preset, tmp_path, training=training, evaluation={"max_prompts": 10, "null_control": False})
+    cycle = tmp_path / "default" / "cycles" / "0001"
+    plan, tuned = (
+        read_plan(Cycle(cycle)),
+        ModelRef(str(tiny_preset.parent / "base"), adapter=str(cycle / "training/adapter")),
+    )
+    shard = sorted((cycle / "evaluation" / "tuned" / "candidates").glob("*.arrow"))[0]
+    row = read_shard(shard, ["caption", "seed", "image"]).to_pylist()[0]
+    stored = open_image(row["image"]["bytes"]).astype(int)
+    pipeline, off = load_pipeline(tuned), []
+    for encoders in (pipeline, load_pipeline(ModelRef.read(plan.start))):
+        embedding, negative = embed_prompts(encoders, [row["caption"]]), negative_prompt(encoders)
+        image = sample_images(pipeline, embedding, negative, [row["seed"]], plan_sampler(plan), 1)[1][0]
+        off.append(abs(image - stored).max())
+    assert off[0] <= 1 < off[1]
+    experiment = experiment_at(str(tmp_path), "default")
+    model = ModelRef(tuned.base, adapter="cycles/0001/training/adapter").to_dict()
+    write_json(experiment.champion, read_champion(experiment) | {"cycle": 1, "model": model, "label": "champion"})
+    message = r"training\.text_encoders=false.*also changes text_encoder: that would be lost.*new name as experiment"
+    with pytest.raises(ParameterError, match=message):
+        run(tiny_preset, tmp_path)
+    assert not (tmp_path / "default" / "cycles" / "0002" / "candidates").exists()
 
 
 @pytest.mark.parametrize(

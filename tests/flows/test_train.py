@@ -133,6 +133,11 @@ def test_an_earlier_training_is_where_it_starts_and_its_reference(
         run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), training={"lora_targets": ["to_q"]})
     with pytest.raises(ParameterError, match=r"adapter='nowhere': there is no pytorch_lora_weights"):
         run(tiny_preset, tmp_path, pairs, name="x", adapter="nowhere")
+    tuned = run(tiny_preset, tmp_path, pairs, name="tuned", training={"text_encoders": True, "steps": 1})
+    with pytest.raises(
+        ParameterError, match=r"training\.text_encoders=false.*also changes text_encoder.*would be lost"
+    ):
+        run(tiny_preset, tmp_path, pairs, name="x", adapter=str(tuned))
     base = shutil.copytree(tiny_preset.parent / "base", tmp_path / "base")
     with pytest.raises(ParameterError, match=r"was trained on '.*', not on base_model="):
         run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), base_model=str(base))
@@ -190,6 +195,7 @@ def test_sdxl_is_told_each_pictures_own_size_and_crop(
         ({"generation": {"height": 64}}, r"generation\.height=64: only for data that are imported"),
         ({"training": {"lora_targets": ["to_x"]}}, r"training\.lora_targets: no layer .* ends in 'to_x'"),
         ({"training": {"loss": "rdpo"}}, r"training\.loss='rdpo' needs training\.label_smoothing"),
+        ({"training": {"method": "full", "text_encoders": True}}, r"training\.text_encoders=true: not with .*'full'"),
         ({"training": {"mixed_precision": "fp16"}}, r"training\.mixed_precision='fp16' needs a CUDA device"),
         ({"execution": {"device": "cuda:7"}}, r"execution\.device='cuda:7' is not there"),
         ({"training": {"stepz": 1}}, r"stepz"),

@@ -59,6 +59,10 @@ def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[s
         ({"training": Training(lora_targets=["to_q", "to_z"])}, r"lora_targets.*'to_z'.*to_q"),
         ({"training": Training(mixed_precision="fp16")}, r"mixed_precision='fp16' needs a CUDA device"),
         ({"training": Training(loss="hinge", label_smoothing=0.1)}, r"training\.label_smoothing=0\.1.*'hinge'.*dpo"),
+        (
+            {"training": Training(method="full", text_encoders=True)},
+            r"training\.text_encoders=true: not with training\.method='full'.*use method='lora'",
+        ),
         ({"training": Training(loss="rdpo")}, r"'rdpo' needs training\.label_smoothing"),
         (
             {"execution": Execution(shard=True, offload_reference=True)},

@@ -127,12 +127,16 @@ def _run_two(folder: Path, settings: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "offload", "message"),
-    [("adafactor", False, "optimizer='adafactor'.*use adamw"), ("adamw", True, "offload_reference=true.*leave one")],
+    ("optimizer", "offload", "encoders", "message"),
+    [
+        ("adafactor", False, False, "optimizer='adafactor'.*use adamw"),
+        ("adamw", True, False, "offload_reference=true.*leave one"),
+        ("adamw", False, True, "text_encoders=true.*leave one"),
+    ],
 )
-def test_what_does_not_go_with_shards_is_refused(optimizer: str, offload: bool, message: str) -> None:
+def test_what_does_not_go_with_shards_is_refused(optimizer: str, offload: bool, encoders: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_sharding(optimizer, offload)
+        check_sharding(optimizer, offload, encoders)
 
 
 def test_alone_tensors_are_what_they_are() -> None:

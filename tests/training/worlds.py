@@ -61,7 +61,7 @@ def _columns(rng: np.random.Generator, rows: int, shard: int, shapes: Shapes) ->
     columns: dict[str, object] = {
         "pair_id": [pair_id(f"{shard}-{row}", 0, 1, "m", "m", "c") for row in range(rows)],
         "prompt_id": [f"{shard}-{row}" for row in range(rows)],
-        "caption": ["a picture"] * rows,
+        "caption": [f"a picture of {shard} {row} things" for row in range(rows)],
         "prompt_embedding": latent_column(rng.normal(size=(rows, *shapes.embedding))),
         "has_label": [True] * rows,
         "are_different": [True] * rows,
