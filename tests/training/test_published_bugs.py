@@ -71,7 +71,7 @@ BUGS = {
     ),
     "adapters in the network's half precision": Bug(
         "train_diffusion_dpo.py of huggingface/diffusers under bf16", "training/policy.py",
-        "                parameter.data = parameter.data.float()", "                pass",
+        "            parameter.data = parameter.data.float()", "            pass",
         "tests/training/test_trainer.py::test_adapter_weights_train_in_float32_under_a_half_precision_base",
     ),
     "other noise for the loser": Bug(
