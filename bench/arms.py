@@ -69,3 +69,18 @@ GRID = {
     for name, points in POINTS.items()
     for rate, beta in points
 }
+
+# What the recipe's own numbers were chosen from, under three seeds on all tuning prompts.
+RECIPE_GRID = {
+    "base": Arm("base"),
+    "dpo": arm("dpo"),
+    "dpo lr=0.0001": arm("dpo", learning_rate=1e-4),
+    "dpo beta=2000": arm("dpo", beta=2000),
+    "dpo cosine": arm("dpo", schedule="cosine"),
+    "dpo cosine lr=0.0001": arm("dpo", schedule="cosine", learning_rate=1e-4),
+    "dpo cosine beta=1000": arm("dpo", schedule="cosine", beta=1000),
+    "dpo cosine beta=2000": arm("dpo", schedule="cosine", beta=2000),
+    "dpo cosine smoothing=0.1": arm("dpo", schedule="cosine", label_smoothing=0.1),
+    "ipo beta=50": arm("ipo", beta=50),
+    "ipo cosine beta=50": arm("ipo", beta=50, schedule="cosine"),
+}

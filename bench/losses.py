@@ -1,7 +1,8 @@
 """What each loss does to the embedded world: the same pairs, base and held-out prompts for all, in one table.
 
     python -m bench.losses [--seeds 0 1 2] [--arms dpo ipo ...] [--workspace workspace/losses]
-    python -m bench.losses --tune      # the grid on tuning prompts that the numbers in ARMS were chosen from
+    python -m bench.losses --tune          # the grid on tuning prompts that the numbers in ARMS were chosen from
+    python -m bench.losses --tune-recipe   # likewise the recipe's own, on all tuning prompts under three seeds
 
 What was computed before is not computed again; what is new is appended to results.jsonl in the workspace. After a
 change of recipes/shapes.toml or of the code, start in another one.
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from bench.arms import ARMS, CYCLES, GRID, Arm
+from bench.arms import ARMS, CYCLES, GRID, RECIPE_GRID, Arm
 from bench.cycles import gate_and_promote, make_pairs, other_pairs, promote_anyway, promoted, run_cycles
 from bench.loss_table import CONTROL, RECIPE, RECIPE_CONTROL, comparison, outcomes, table
 from scoring.registry import load_scorer
@@ -37,7 +38,7 @@ from training.trainer import train
 
 START = "start"
 """The base's pictures that all arms are compared with."""
-TUNE_SEED = 7
+TUNE_SEED, RECIPE_SEEDS = 7, [7, 8, 9]
 TUNE_PROMPTS: dict[str, Any] = {"prompts": "shapes/prompts/tuning.jsonl", "max_prompts": 256}
 Scores = dict[str, list[float]]
 
@@ -144,10 +145,15 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--workspace", type=Path, default=Path("workspace/losses"))
     parser.add_argument("--tune", action="store_true", help="the grid instead, on tuning prompts")
+    parser.add_argument("--tune-recipe", action="store_true", help="the recipe's grid instead, on tuning prompts")
     given = parser.parse_args()
     if given.tune:
         tuning = partial(default_recipe, **TUNE_PROMPTS)
         print("\n".join(table(run(given.workspace / "tuning", [TUNE_SEED], GRID, tuning))))
+        return
+    if given.tune_recipe:
+        tuning = partial(default_recipe, **{**TUNE_PROMPTS, "max_prompts": 400})
+        print("\n".join(table(run(given.workspace / "recipe", RECIPE_SEEDS, RECIPE_GRID, tuning))))
         return
     found = run(given.workspace, given.seeds, {name: ARMS[name] for name in given.arms}, default_recipe)
     print("\n".join(table(found)))

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from tests.training.worlds import make_plan
-from training import trainer
 from training.diagnostics import (
     DRIFT_LIMIT,
     REPEAT,
@@ -26,7 +25,8 @@ from training.diagnostics import (
     reference_errors,
     relative_drift,
 )
-from training.losses import LossOutput, PairErrors
+from training.losses import PairErrors
+from training.run import Run
 
 Shape = Callable[[int], float]
 KNOWN = {"learning_rate": 0.001, "beta": 500.0, "loss": "dpo", "max_grad_norm": 1.0, "steps": 200}
@@ -208,16 +208,9 @@ def test_drift_is_the_distance_moved_over_the_error_left() -> None:
 
 
 @pytest.mark.slow
-def test_real_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_runs(tmp_path: Path) -> None:
     """The trainer on a tiny network: a usual learning rate is left alone, one that destroys it is stopped."""
-    original = trainer.preference_loss
-
-    def with_references(name: str, errors: PairErrors, *rest: Any) -> LossOutput:
-        output = original(name, errors, *rest)
-        return output._replace(metrics=output.metrics | reference_errors(errors))
-
-    monkeypatch.setattr(trainer, "preference_loss", with_references)
-    runs = [trainer._Run(make_plan(tmp_path, method="full", learning_rate=rate, beta=20.0)) for rate in (1e-5, 0.1)]
+    runs = [Run(make_plan(tmp_path, method="full", learning_rate=rate, beta=20.0)) for rate in (1e-5, 0.1)]
     healthy, destroyed = ([run.step(step) for step in range(2 * WINDOW)] for run in runs)
     assert watched(healthy) == []
     assert stopped_at(destroyed)[0] <= 2 * WINDOW
