@@ -130,7 +130,7 @@ def _check_scheduler_fits(recipe: Recipe) -> None:
 
 def check_training(recipe: Recipe) -> None:
     """What the trainer would refuse only after everything has been generated."""
-    from training.text_encoders import check_text_encoders  # torch is not needed to import this module
+    from training.adapter_shape import check_text_encoders
 
     training, device = recipe.training, resolve_device(recipe.execution.device)
     if training.mixed_precision == "fp16" and not device.startswith("cuda"):
@@ -159,7 +159,8 @@ def _check_execution(recipe: Recipe, device: str) -> None:
         check_optimizer(training.optimizer, device)
         check_trackers(execution.trackers)
         if execution.shard:
-            check_sharding(training.optimizer, execution.offload_reference, training.text_encoders)
+            offload, encoders = execution.offload_reference, training.text_encoders
+            check_sharding(training.optimizer, offload, encoders, execution.compile)
         process_count(execution.processes, execution.device, training.batch_size)
     except ValueError as error:
         raise ParameterError(str(error)) from error

@@ -268,7 +268,7 @@ def check_start(model: ModelRef, recipe: Recipe) -> None:
 
     Raises ParameterError.
     """
-    from training.text_encoders import check_text_encoders  # torch is not needed to import this module
+    from training.adapter_shape import check_text_encoders
 
     try:
         check_text_encoders(recipe.training.method, recipe.training.text_encoders, model)

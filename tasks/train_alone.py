@@ -63,12 +63,13 @@ def _trained(folder: Path, base: ModelRef, what: str) -> ModelRef:
 
 def _check_shape(folder: Path, recipe: Recipe, what: str) -> None:
     """A LoRA goes on with the adapter, so it must have its shape."""
-    from training.adapter_shape import check_adapter
+    from training.adapter_shape import check_adapter, check_encoders
 
     base = ModelRef(recipe.base_model, recipe.revision)
     names = [name for name, _ in network_outline(base).named_modules()]
     try:
         check_adapter(folder / ADAPTER_FILE, family_for(base).network, lora_of(recipe.training), names, what)
+        check_encoders(str(folder), lora_of(recipe.training))
     except ModelError as error:
         raise ParameterError(str(error)) from error
 

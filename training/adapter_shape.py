@@ -1,4 +1,7 @@
-"""What a LoRA file is made of, read from its header: rank, alpha, and the layers that it trains. Loads no weights."""
+"""What a LoRA file is made of, read from its header: rank, alpha, and the layers that it trains. Loads no weights.
+
+And the refusals of an adapter that training could not go on with, or would lose a part of.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -7,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.lora_layers import CONFIG, name_of
-from training.models import ModelError
+from training.models import ADAPTER_FILE, ModelError, ModelRef, family_for
 
 if TYPE_CHECKING:
     from training.policy import Lora
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+"""The attention of CLIP, which is what is trained of a text encoder, as by the LoRA scripts of diffusers."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,57 @@ def check_adapter(file: Path, part: str, lora: "Lora", modules: Iterable[str], w
             f"{what} has {len(found.layers)} layers with names that end in {found.endings()}, but "
             f"training.lora_targets={lora.targets} means {len(wanted)}, differing in {odd!r} among others; give its own"
         )
+
+
+def check_text_encoders(method: str, text_encoders: bool, ref: ModelRef) -> None:
+    """Raises ModelError for text encoders without LoRA, and for tuned ones to start from that would be left behind.
+
+    ref: what training starts from; of its adapter only the names of the tensors are read.
+    """
+    if text_encoders and method != "lora":
+        raise ModelError(
+            f"training.text_encoders=true: not with training.method={method!r}, which trains the network alone; use "
+            "method='lora', or text_encoders=false"
+        )
+    tuned = adapted_encoders(ref.adapter) if ref.adapter else []
+    if lost := sorted(set(tuned) - set(family_for(ref).text_encoders)):
+        raise ModelError(
+            f"the adapter {ref.adapter} also changes {' and '.join(lost)}, which no training here goes on with: that "
+            "would be lost; start from another one, or from the base model"
+        )
+    if tuned and not text_encoders:
+        raise ModelError(
+            f"training.text_encoders=false with training.method={method!r}, but training starts from the adapter "
+            f"{ref.adapter}, which also changes {' and '.join(tuned)}: that would be lost. Use text_encoders=true with "
+            "method='lora', or start from the base model (in a cycle: under a new name as experiment)"
+        )
+
+
+def check_encoders(adapter: str, lora: "Lora") -> None:
+    """Refuse an adapter whose part for text encoders is not such as is trained here. Raises ModelError."""
+    file = Path(adapter) / ADAPTER_FILE
+    for part in adapted_encoders(adapter):
+        found = AdapterShape.read(file, part)
+        own = (found.ranks, found.alpha, found.dora) == ({lora.rank}, float(lora.alpha), False)
+        if not own or not set(found.endings()) <= set(PROJECTIONS):
+            raise ModelError(
+                f"the adapter {adapter} changes {part} with {'DoRA' if found.dora else 'LoRA'} of rank "
+                f"{sorted(found.ranks)} and alpha {found.alpha:g} on {found.endings()}, but text encoders are trained "
+                f"by LoRA of training.lora_rank={lora.rank} and training.lora_alpha={lora.alpha:g} on {PROJECTIONS}; "
+                "start from another one, or from the base model"
+            )
+
+
+def adapted_encoders(adapter: str) -> list[str]:
+    """The text encoders that an adapter changes, by their names in the pipeline; none where there is no file."""
+    from safetensors import safe_open
+
+    path = Path(adapter) / ADAPTER_FILE
+    if not path.is_file():
+        return []
+    with safe_open(path, framework="pt") as file:
+        parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 not a mapping
+    return sorted(part for part in parts if part.startswith("text_encoder"))
 
 
 def layers_of(targets: Sequence[str], modules: Iterable[str]) -> list[str]:

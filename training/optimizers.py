@@ -9,11 +9,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
+
 if TYPE_CHECKING:
     import torch
 
 OPTIMIZERS = ("adamw", "adamw-8bit", "adafactor")
-BITSANDBYTES_ON_CPU = (0, 50)
+BITSANDBYTES_ON_CPU = "0.50"
 """The first version whose 8-bit optimizer was seen to train on a CPU; earlier ones were for CUDA."""
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -35,11 +37,10 @@ def check_optimizer(name: str, device: str) -> None:
             "adafactor, which keeps less state than adamw too"
         )
     version = importlib.metadata.version("bitsandbytes")
-    if kind == "cpu" and tuple(int(part) for part in version.split(".")[:2]) < BITSANDBYTES_ON_CPU:
-        wanted = ".".join(map(str, BITSANDBYTES_ON_CPU))
+    if kind == "cpu" and Version(version) < Version(BITSANDBYTES_ON_CPU):
         raise ValueError(
-            f"training.optimizer='adamw-8bit' on a CPU needs bitsandbytes {wanted} or later, here is {version}: "
-            f"`pip install 'bitsandbytes>={wanted}'`, or use adamw or adafactor"
+            f"training.optimizer='adamw-8bit' on a CPU needs bitsandbytes {BITSANDBYTES_ON_CPU} or later, here is "
+            f"{version}: `pip install 'bitsandbytes>={BITSANDBYTES_ON_CPU}'`, or use adamw or adafactor"
         )
 
 

@@ -166,7 +166,8 @@ class PairLoss:
         if self.anywhere(bool(missing)):
             rows = missing or [0]  # known already, but the other processes need our part of the network
             new = self._reference(inputs.rows(rows, sides)).view(sides, -1)
-            self.kept.put([batch.indices[row] for row in rows], [numbers[row] for row in rows], new)
+            if missing:
+                self.kept.put([batch.indices[row] for row in rows], [numbers[row] for row in rows], new)
         return self.kept.get(batch.indices, numbers, sides)
 
     def _reference(self, inputs: _Inputs) -> torch.Tensor:

@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training.adapter_shape import check_adapter
+from training.adapter_shape import (
+    PROJECTIONS,
+    adapted_encoders,
+    check_adapter,
+    check_encoders,
+    check_text_encoders,
+)
 from training.models import (
     ADAPTER_FILE,
-    ModelError,
     ModelRef,
     family_for,
     fuse_adapter,
@@ -25,15 +30,7 @@ from training.models import (
     prefer_channels_last,
 )
 from training.sharding import parts, put
-from training.text_encoders import (
-    PROJECTIONS,
-    TextEncoders,
-    adapted_encoders,
-    add_tuned,
-    check_text_encoders,
-    load_text_encoders,
-    portable,
-)
+from training.text_encoders import TextEncoders, add_tuned, load_text_encoders, portable
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -103,12 +100,11 @@ class LoraPolicy:
     ) -> None:
         """Each from the champion, or, where that left it alone, anew."""
         tuned = adapted_encoders(adapter) if adapter else []
-        if lost := sorted(set(tuned) - set(encoders.parts())):
-            raise ModelError(f"{adapter}: also changes {lost[0]}, which is not trained here and would be lost")
+        if adapter:
+            check_encoders(adapter, lora)
         for part, encoder in encoders.parts().items():
             if adapter and part in tuned:
-                config = add_tuned(encoder, part, Path(adapter) / ADAPTER_FILE, [REFERENCE, POLICY])
-                _check_shape(config, lora, adapter)
+                add_tuned(encoder, part, Path(adapter) / ADAPTER_FILE, [REFERENCE, POLICY])
                 _train_policy_only(encoder)
             else:
                 self._start_anew(encoder, lora, seed, names)
@@ -264,9 +260,11 @@ class FullPolicy:
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
         """The frozen copy, without gradients."""
+        moves = self._home != self._device
         with torch.no_grad():
-            yield self._frozen().to(self._device)
-        self._frozen().to(self._home)
+            yield self._frozen().to(self._device) if moves else self._frozen()
+        if moves:
+            self._frozen().to(self._home)
 
     def _frozen(self) -> torch.nn.Module:
         if self._reference is None:
@@ -333,16 +331,6 @@ def _copy(source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]
     """Raises KeyError when a tensor has no place."""
     for name, tensor in source.items():
         put(tensor, target[name])
-
-
-def _check_shape(config: "LoraConfig", lora: Lora, adapter: str) -> None:
-    found = (config.r, float(config.lora_alpha), config.use_dora)
-    if found != (lora.rank, float(lora.alpha), lora.dora):
-        raise ModelError(
-            f"training.lora_rank={lora.rank}, lora_alpha={lora.alpha:g} and lora_dora={lora.dora}, but the "
-            f"champion's adapter {adapter} has rank {found[0]} and alpha {found[1]:g}, and dora={found[2]}; train "
-            "with these, or give a new name as experiment to start from the base model"
-        )
 
 
 def _train_policy_only(network: torch.nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from training.adapter_shape import check_text_encoders
 from training.checkpoint import CheckpointRecord, Tensors, load_state, publish_folder, save_state, weights_sha256
 from training.dataset import PairBatch, PreferencePairs, positions_of_step
 from training.diagnostics import Watch
@@ -25,6 +26,7 @@ from training.safetensors_file import add_metadata, training_metadata
 from training.sharding import (
     anywhere,
     check_sharding,
+    clip_gradients,
     gather,
     is_sharded,
     make_accelerator,
@@ -32,9 +34,7 @@ from training.sharding import (
     prepare,
     shard_frozen,
     spread_states,
-    whole,
 )
-from training.text_encoders import check_text_encoders
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,13 +58,14 @@ class Run:
         self.device = self.accelerator.device
         self.first_process: bool = self.accelerator.is_main_process
         if is_sharded(self.accelerator):
-            check_sharding(plan.optimizer, plan.offload_reference, plan.text_encoders)
+            check_sharding(plan.optimizer, plan.offload_reference, plan.text_encoders, plan.compile)
         if plan.batch_size % self.accelerator.num_processes:
             raise ValueError(
                 f"training.batch_size={plan.batch_size}: must be a multiple of the number of processes, "
                 f"{self.accelerator.num_processes}"
             )
-        self.policy = _policy(plan, str(self.device))
+        # What is to be divided is read into main memory: a GPU need not hold the whole.
+        self.policy = _policy(plan, "cpu" if is_sharded(self.accelerator) else str(self.device))
         if plan.gradient_checkpointing:
             self.policy.network.enable_gradient_checkpointing()
         if plan.compile:
@@ -145,16 +146,16 @@ class Run:
         outputs: list[LossOutput] = []
         for batch in batches:
             last = batch is batches[-1]
-            with nullcontext() if last else self._no_sync():
+            with nullcontext() if last or is_sharded(self.accelerator) else self._no_sync():
                 output = self.loss(batch)
                 # The gradients of the processes are averaged, not added.
                 self.accelerator.backward(output.loss.sum() * self.accelerator.num_processes / plan.batch_size)
             outputs.append(LossOutput(output.loss.detach(), output.metrics))
         self._share_reference_errors()
-        norm = whole(self.accelerator.clip_grad_norm_(self.policy.parameters(), plan.max_grad_norm))
+        norm = clip_gradients(self.accelerator, self.policy.parameters(), plan.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        metrics = self._means(outputs, norm)
+        metrics = self._means(outputs, norm=norm)
         metrics["skipped"] = float(self.accelerator.optimizer_step_was_skipped)
         if metrics[
             "skipped"
@@ -205,21 +206,23 @@ class Run:
         """The metrics of the first HELDOUT_PAIRS held-out pairs, each with HELDOUT_DRAWS draws, always the same."""
         first, count = len(self.pairs), min(self.pairs.heldout, HELDOUT_PAIRS)
         places = [(-1 - number, first + index) for index in range(count) for number in range(HELDOUT_DRAWS)]
+        processes, size = self.accelerator.num_processes, self.plan.micro_batch_size
+        own = places[self.accelerator.process_index :: processes]
         # Each process makes as many forward passes: where they meet in each, one more would wait for ever.
-        share, size = max(1, len(places) // self.accelerator.num_processes), self.plan.micro_batch_size
-        own = places[self.accelerator.process_index :: self.accelerator.num_processes][:share] or places[:1]
-        outputs = [self.loss(self.pairs.read(own[start : start + size])) for start in range(0, len(own), size)]
-        return {f"heldout_{name}": value for name, value in self._means(outputs).items() if "_q" not in name}
+        read = own + places[: -(-len(places) // processes) - len(own)]
+        outputs = [self.loss(self.pairs.read(read[start : start + size])) for start in range(0, len(read), size)]
+        return {f"heldout_{name}": value for name, value in self._means(outputs, len(own)).items() if "_q" not in name}
 
-    def _means(self, outputs: list[LossOutput], norm: torch.Tensor | None = None) -> Metrics:
+    def _means(self, outputs: list[LossOutput], rows: int | None = None, norm: torch.Tensor | None = None) -> Metrics:
         """Means over the pairs of all processes, and the gradient's norm, in one transfer from the device.
 
-        A metric that is NaN for a pair does not concern it; a loss that is NaN is the news.
+        rows: how many of this process's pairs count, the first ones; None = all. A metric that is NaN for a pair does
+        not concern it; a loss that is NaN is the news.
         """
         names = ["loss", *outputs[0].metrics]
         columns = [torch.cat([output.loss for output in outputs])]
         columns += [torch.cat([output.metrics[name] for output in outputs]) for name in names[1:]]
-        values = torch.stack(columns).double()
+        values = torch.stack(columns).double()[:, :rows]
         concerned = ~values.isnan()
         concerned[0] = True
         sums = torch.stack([values.where(concerned, 0.0).sum(1), concerned.double().sum(1)])

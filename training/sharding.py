@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 SHARDED = "FSDP"
 """accelerate's name for it."""
+ASKED = "ACCELERATE_USE_FSDP"
+"""How `accelerate launch --use_fsdp` tells its processes."""
 
 
-def check_sharding(optimizer: str, offload_reference: bool, text_encoders: bool) -> None:
+def check_sharding(optimizer: str, offload_reference: bool, text_encoders: bool, compiled: bool) -> None:
     """Raises ValueError for what does not go with sharded weights."""
     if optimizer != "adamw":
         raise ValueError(
             f"execution.shard=true with training.optimizer={optimizer!r}: its states cannot be divided; use adamw, of "
             "whose states each process holds its part only"
         )
-    if text_encoders:
-        raise ValueError(
-            "execution.shard=true with training.text_encoders=true: only the network can be divided; leave one of them "
-            "out"
-        )
-    if offload_reference:
-        raise ValueError(
-            "execution.shard=true with execution.offload_reference=true: the frozen copy is divided among the "
-            "processes already; leave one of them out"
-        )
+    others = {
+        "execution.offload_reference": (offload_reference, "the frozen copy is divided already"),
+        "training.text_encoders": (text_encoders, "only the network can be divided"),
+        "execution.compile": (compiled, "never tried together"),
+    }
+    for name, (asked, why) in others.items():
+        if asked:
+            raise ValueError(f"execution.shard=true with {name}=true: {why}; leave one of them out")
 
 
 def make_accelerator(cpu: bool, mixed_precision: str, shard: bool) -> "Accelerator":
@@ -47,10 +47,12 @@ def make_accelerator(cpu: bool, mixed_precision: str, shard: bool) -> "Accelerat
     """
     from accelerate import Accelerator
 
-    plugin = _plugin(shard)
+    plugin, by_hand = _plugin(shard), ASKED in os.environ
     accelerator = Accelerator(cpu=cpu, mixed_precision=mixed_precision, fsdp_plugin=plugin)
     if plugin is not None:
         _use(accelerator, plugin)
+    if not by_hand:
+        os.environ.pop(ASKED, None)  # where accelerate notes what we asked for, as if a launcher had
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", SHARDED):
         raise ValueError(
@@ -62,8 +64,9 @@ def make_accelerator(cpu: bool, mixed_precision: str, shard: bool) -> "Accelerat
 
 def _plugin(shard: bool) -> Any:
     """accelerate's settings of FSDP: ours, or those of `accelerate launch`; None where nothing is to be divided."""
-    by_hand = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    by_hand = os.environ.get(ASKED, "false").lower() == "true"
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not (shard or by_hand):
+        os.environ.pop(ASKED, None)  # one process has everything anyway
         return None
     from accelerate import FullyShardedDataParallelPlugin
 
@@ -80,9 +83,17 @@ def _plugin(shard: bool) -> Any:
 def _use(accelerator: "Accelerator", plugin: Any) -> None:
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
+    from torch.distributed.fsdp import CPUOffloadPolicy
 
     if plugin.fsdp_version != 2:
         raise ValueError("accelerate is set up for version 1 of FSDP; set fsdp_version: 2")
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy) or plugin.activation_checkpointing:
+        raise ValueError(
+            "accelerate is set up for FSDP with fsdp_offload_params or fsdp_activation_checkpointing; leave them out "
+            "(execution.gradient_checkpointing=true does the second)"
+        )
+    if accelerator.device.type == "cpu" and torch.cuda.is_available():
+        raise ValueError("execution.device='cpu': torch divides weights among GPUs where there are any; use 'cuda'")
     # accelerate divides weights among GPUs only; torch does it among CPU processes just as well.
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
@@ -140,6 +151,16 @@ def anywhere(accelerator: "Accelerator", here: bool) -> bool:
         return here
     told = torch.tensor([float(here)], device=accelerator.device)
     return bool(accelerator.reduce(told, "sum").item())
+
+
+def clip_gradients(accelerator: "Accelerator", parameters: list[torch.nn.Parameter], largest: float) -> torch.Tensor:
+    """Scale the gradients of all processes down to this norm; returns the norm from before. Collective."""
+    if not is_sharded(accelerator):
+        norm: torch.Tensor = accelerator.clip_grad_norm_(parameters, largest)
+        return norm
+    # accelerate's own would take back float16's loss scale twice where not every parameter is trained.
+    accelerator.unscale_gradients()
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, largest))
 
 
 def gather(values: Any, keep: bool) -> Any:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from training.adapter_shape import adapted_encoders
 from training.family import Family, PromptEmbeddings
 from training.lora_layers import CONFIG, Layer, peft_state, read_layers
 from training.models import ADAPTER_FILE, ModelError, ModelRef, family_for, load_trainable_encoders
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from peft import LoraConfig
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-"""CLIP's attention, as the LoRA scripts of diffusers train it."""
 PREFIX = "text_model."
 """What the names of CLIP's layers begin with in LoRA files. In models without a projection transformers 5 has dropped
 it."""
@@ -80,37 +79,6 @@ def _without_warnings(pipeline: "DiffusionPipeline") -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def check_text_encoders(method: str, text_encoders: bool, ref: ModelRef) -> None:
-    """Raises ModelError for text encoders without LoRA, and for tuned ones to start from that would be left behind.
-
-    ref: what training starts from; of its adapter only the names of the tensors are read.
-    """
-    if text_encoders and method != "lora":
-        raise ModelError(
-            f"training.text_encoders=true: not with training.method={method!r}, which trains the network alone; use "
-            "method='lora', or text_encoders=false"
-        )
-    tuned = adapted_encoders(ref.adapter) if ref.adapter else []
-    if tuned and not text_encoders:
-        raise ModelError(
-            f"training.text_encoders=false with training.method={method!r}, but training starts from the adapter "
-            f"{ref.adapter}, which also changes {' and '.join(tuned)}: that would be lost. Use text_encoders=true with "
-            "method='lora', or start from the base model (in a cycle: under a new name as experiment)"
-        )
-
-
-def adapted_encoders(adapter: str) -> list[str]:
-    """The text encoders that an adapter changes, by their names in the pipeline; none where there is no file."""
-    from safetensors import safe_open
-
-    path = Path(adapter) / ADAPTER_FILE
-    if not path.is_file():
-        return []
-    with safe_open(path, framework="pt") as file:
-        parts = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118 it is no dictionary
-    return sorted(part for part in parts if part.startswith("text_encoder"))
 
 
 def fuse_encoders(pipeline: "DiffusionPipeline", adapter: str) -> None:

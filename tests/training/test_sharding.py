@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tasks.recipe import read_preset
 from tests.training.worlds import make_plan
 from training.checkpoint import CheckpointRecord
 from training.launch import launch
@@ -42,8 +43,10 @@ def weights_of(output: Path) -> dict[str, torch.Tensor]:
     return load_file(next(Path(str(record.model.adapter or record.model.network)).glob("*.safetensors")))
 
 
-def losses_of(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+def told_of(output: Path) -> list[float]:
+    """Loss and gradient norm of each step, the norm as it was before clipping: Adam would hide a wrong scale."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [metrics[name] for metrics in lines for name in ("loss", "grad_norm")]
 
 
 def difference(one: Path, other: Path) -> float:
@@ -61,12 +64,12 @@ def test_sharded_processes_train_what_one_does(world: Path, tmp_path: Path, meth
     sharded = plan_in(world, tmp_path / "two", micro_batch_size=1, shard=True, **changes)
     launch(sharded, 2, lambda *_: None)
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
-    assert losses_of(tmp_path / "two") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-3)
+    assert told_of(tmp_path / "two") == pytest.approx(told_of(tmp_path / "one"), rel=1e-3)
     cut = tmp_path / "cut"
     _cut_to(tmp_path / "two", cut, 2)
     launch(plan_in(world, cut, micro_batch_size=2 // finishing, shard=True, **changes), finishing, lambda *_: None)
     assert difference(cut, tmp_path / "two") < (1e-5 if finishing == 1 else 1e-7)
-    assert losses_of(cut) == pytest.approx(losses_of(tmp_path / "two"), rel=1e-3)
+    assert told_of(cut) == pytest.approx(told_of(tmp_path / "two"), rel=1e-3)
 
 
 def _cut_to(source: Path, target: Path, step: int) -> None:
@@ -79,10 +82,12 @@ def _cut_to(source: Path, target: Path, step: int) -> None:
 
 PROBE = """
 import json, os, sys
+from dataclasses import replace
 from pathlib import Path
 from training.plan import TrainingPlan
 from training.run import Run
 from training.sharding import is_sharded
+Run(replace(TrainingPlan.read(Path(sys.argv[1])), method="lora")).step(0)  # half of its weights bfloat16
 run = Run(TrainingPlan.read(Path(sys.argv[1])))
 local = sum(getattr(p, "_local_tensor", p).numel() for p in run.policy.network.parameters())
 held = {"sharded": is_sharded(run.accelerator), "parts": local}
@@ -127,16 +132,25 @@ def _run_two(folder: Path, settings: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "offload", "encoders", "message"),
+    ("optimizer", "asked", "message"),
     [
-        ("adafactor", False, False, "optimizer='adafactor'.*use adamw"),
-        ("adamw", True, False, "offload_reference=true.*leave one"),
-        ("adamw", False, True, "text_encoders=true.*leave one"),
+        ("adafactor", (False, False, False), "optimizer='adafactor'.*use adamw"),
+        ("adamw", (True, False, False), "offload_reference=true.*leave one"),
+        ("adamw", (False, True, False), "text_encoders=true.*leave one"),
+        ("adamw", (False, False, True), "compile=true.*leave one"),
     ],
 )
-def test_what_does_not_go_with_shards_is_refused(optimizer: str, offload: bool, encoders: bool, message: str) -> None:
+def test_what_does_not_go_with_shards_is_refused(optimizer: str, asked: tuple[bool, bool, bool], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_sharding(optimizer, offload, encoders)
+        check_sharding(optimizer, *asked)
+
+
+def test_the_documented_commands_are_accepted() -> None:
+    """docs/models.md names a recipe that can be sharded, and what another one needs for it."""
+    for preset, given in (("sd15-paper", {}), ("sdxl-paper", {"optimizer": "adamw"})):
+        training, execution = (read_preset(preset)[name] for name in ("training", "execution"))
+        optimizer = {**training, **given}["optimizer"]
+        check_sharding(optimizer, execution["offload_reference"], training["text_encoders"], execution["compile"])
 
 
 def test_alone_tensors_are_what_they_are() -> None:

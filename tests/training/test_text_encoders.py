@@ -2,6 +2,7 @@
 over."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from tests.families import FamilyBases
 from tests.training.adapters import draw, load, save_base
 from tests.training.test_family_training import SHAPES, picture
 from tests.training.worlds import make_plan
+from training.adapter_shape import adapted_encoders, check_encoders
 from training.dataset import PairBatch, positions_of_step
 from training.family import PromptEmbeddings
 from training.kohya import Base, write_kohya
@@ -35,7 +37,6 @@ from training.policy import FullPolicy, Lora, LoraPolicy
 from training.run import Run
 from training.safetensors_file import read_metadata
 from training.sampling import negative_prompt
-from training.text_encoders import adapted_encoders
 from training.trainer import train
 
 NAMES = ["sd", "sdxl", "sd3", "flux-dev"]
@@ -369,7 +370,34 @@ def test_what_would_lose_text_encoders_is_refused(worlds: Worlds, tmp_path: Path
     file = tmp_path / "adapter" / ADAPTER_FILE
     (tmp_path / "t5").mkdir()
     save_file(load_file(file) | other, tmp_path / "t5" / ADAPTER_FILE, read_metadata(file))
-    with pytest.raises(ModelError, match=r"also changes text_encoder_3, which is not trained here and would be lost"):
-        LoraPolicy(replace(champion, adapter=str(tmp_path / "t5")), Lora(4, 4.0), "cpu", "auto", 0, text_encoders=True)
+    for asked in (True, False):  # and no advice that would only lead to the other refusal
+        with pytest.raises(ModelError, match=r"also changes text_encoder_3, which no training here goes on with"):
+            LoraPolicy(
+                replace(champion, adapter=str(tmp_path / "t5")), Lora(4, 4.0), "cpu", "auto", 0, text_encoders=asked
+            )
     with pytest.raises(ModelError, match=r"has rank \[4\].*lora_rank=8"):
         LoraPolicy(champion, Lora(8, 8.0), "cpu", "auto", 0, text_encoders=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda name, tensor: (name, tensor[:2] if ".lora_A." in name else tensor[:, :2]), r"rank \[2\]"),
+        (lambda name, tensor: (name.replace("q_proj", "fc1"), tensor), r"on \['fc1'"),
+    ],
+    ids=["rank", "layers"],
+)
+def test_encoders_of_another_shape_are_refused(
+    worlds: Worlds, tmp_path: Path, change: Callable[[str, torch.Tensor], tuple[str, torch.Tensor]], message: str
+) -> None:
+    """By the header alone, and before anything is loaded (`train/dpo adapter=`)."""
+    record = train(worlds.plan("sd", tmp_path, steps=1))
+    file = Path(str(record.model.adapter)) / ADAPTER_FILE
+    state = load_file(file).items()
+    other = dict(change(name, tensor) if name.startswith("text_encoder.") else (name, tensor) for name, tensor in state)
+    (tmp_path / "other").mkdir()
+    save_file({name: each.contiguous() for name, each in other.items()}, tmp_path / "other" / ADAPTER_FILE,
+              read_metadata(file))  # fmt: skip
+    check_encoders(str(file.parent), Lora(4, 4.0))
+    with pytest.raises(ModelError, match=f"changes text_encoder with LoRA of .*{message}"):
+        check_encoders(str(tmp_path / "other"), Lora(4, 4.0))
