@@ -74,7 +74,6 @@ def _plugin(shard: bool) -> Any:
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if by_hand:
         return FullyShardedDataParallelPlugin()
-    # The blocks that the network's class names in `_no_split_modules`, and what lies outside of them.
     return FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True
     )
@@ -111,8 +110,18 @@ def prepare(
     """The network as it is to be called, and its optimizer: as they are, averaging gradients, or sharded."""
     if is_sharded(accelerator):
         _contiguous(network)
+        plugin = accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = blocks(network)
     prepared: tuple[torch.nn.Module, torch.optim.Optimizer] = accelerator.prepare(network, optimizer)
     return prepared
+
+
+def blocks(network: torch.nn.Module) -> list[str]:
+    """The classes of the network's blocks: those of its `_no_split_modules` that it has, for a UNet need not have every
+    kind, and accelerate refuses a name of none."""
+    there = {type(module).__name__ for module in network.modules()}
+    return [name for name in getattr(network, "_no_split_modules", None) or [] if name in there]
 
 
 def shard_frozen(accelerator: "Accelerator", network: torch.nn.Module) -> None:

@@ -16,9 +16,10 @@ from tasks.recipe import read_preset
 from tests.training.worlds import make_plan
 from training.checkpoint import CheckpointRecord
 from training.launch import launch
+from training.models import ModelRef, load_network
 from training.plan import TrainingPlan
 from training.policy import Lora
-from training.sharding import check_sharding, gather, put, spread_states, whole
+from training.sharding import blocks, check_sharding, gather, put, spread_states, whole
 
 LORA: dict[str, Any] = {"lora": Lora(4, 4.0, dora=True), "ema": 0.5, "noise_draws": 1, "refresh_reference": 0}
 FULL: dict[str, Any] = {"method": "full", "refresh_reference": 3, "learning_rate": 1e-4, "gradient_checkpointing": True}
@@ -151,6 +152,14 @@ def test_the_documented_commands_are_accepted() -> None:
         training, execution = (read_preset(preset)[name] for name in ("training", "execution"))
         optimizer = {**training, **given}["optimizer"]
         check_sharding(optimizer, execution["offload_reference"], training["text_encoders"], execution["compile"])
+
+
+def test_only_blocks_that_there_are_are_named() -> None:
+    """diffusers' list for UNets has kinds that the embedded one, for example, lacks."""
+    unet = load_network(ModelRef("shapes/models/base"))
+    assert "UpBlock2D" in unet._no_split_modules
+    assert blocks(unet) == ["BasicTransformerBlock", "ResnetBlock2D", "CrossAttnUpBlock2D"]
+    assert blocks(torch.nn.Linear(1, 1)) == []
 
 
 def test_alone_tensors_are_what_they_are() -> None:
