@@ -20,6 +20,8 @@ from training.family import TIME_IDS, PromptEmbeddings
 from training.pairs import latents, read_metadata, trainable
 from training.shards import ShardError, open_shard, read_manifest
 
+Place = tuple[int, int]
+"""Epoch and index of a pair."""
 COLUMNS = ("latent_0", "latent_1", "prompt_embedding", "pooled_embedding")
 
 
@@ -190,3 +192,13 @@ def positions_of_step(step: int, batch_size: int, pairs: int, seed: int) -> list
 @lru_cache(maxsize=2)  # of two epochs where a step crosses from one to the next
 def _permutation(seed: int, epoch: int, pairs: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(pairs)
+
+
+def share_of(places: Sequence[Place], process: int, processes: int) -> tuple[list[Place], int]:
+    """What one of several processes reads of some places (at least one), and how many of it count, the first ones.
+
+    All read equally many, some of them places that count elsewhere: where processes meet in each forward pass, one more
+    would wait for ever.
+    """
+    own = list(places[process::processes])
+    return [*own, *places[: -(-len(places) // processes) - len(own)]], len(own)

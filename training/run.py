@@ -11,7 +11,7 @@ import torch
 
 from training.adapter_shape import check_text_encoders
 from training.checkpoint import CheckpointRecord, Tensors, load_state, publish_folder, save_state, weights_sha256
-from training.dataset import PairBatch, PreferencePairs, positions_of_step
+from training.dataset import PairBatch, PreferencePairs, positions_of_step, share_of
 from training.diagnostics import Watch
 from training.family import PromptEmbeddings, TimeSampling, picture_scale, whole_picture
 from training.loss_table import LOSSES, LossOptions, check_options
@@ -157,9 +157,7 @@ class Run:
         self.optimizer.zero_grad()
         metrics = self._means(outputs, norm=norm)
         metrics["skipped"] = float(self.accelerator.optimizer_step_was_skipped)
-        if metrics[
-            "skipped"
-        ]:  # a step that float16 overflow skipped changed nothing; its infinite norm is no divergence
+        if metrics["skipped"]:  # by float16 overflow: nothing has changed, and an infinite norm is no divergence
             metrics["grad_norm"] = 0.0
         elif self.ema is not None:
             self.ema.update(self.policy.weights())
@@ -206,12 +204,10 @@ class Run:
         """The metrics of the first HELDOUT_PAIRS held-out pairs, each with HELDOUT_DRAWS draws, always the same."""
         first, count = len(self.pairs), min(self.pairs.heldout, HELDOUT_PAIRS)
         places = [(-1 - number, first + index) for index in range(count) for number in range(HELDOUT_DRAWS)]
-        processes, size = self.accelerator.num_processes, self.plan.micro_batch_size
-        own = places[self.accelerator.process_index :: processes]
-        # Each process makes as many forward passes: where they meet in each, one more would wait for ever.
-        read = own + places[: -(-len(places) // processes) - len(own)]
+        read, counting = share_of(places, self.accelerator.process_index, self.accelerator.num_processes)
+        size = self.plan.micro_batch_size
         outputs = [self.loss(self.pairs.read(read[start : start + size])) for start in range(0, len(read), size)]
-        return {f"heldout_{name}": value for name, value in self._means(outputs, len(own)).items() if "_q" not in name}
+        return {f"heldout_{name}": value for name, value in self._means(outputs, counting).items() if "_q" not in name}
 
     def _means(self, outputs: list[LossOutput], rows: int | None = None, norm: torch.Tensor | None = None) -> Metrics:
         """Means over the pairs of all processes, and the gradient's norm, in one transfer from the device.

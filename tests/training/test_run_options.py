@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from tests.training.worlds import make_plan
 from training import launch as launching
-from training.dataset import PreferencePairs, positions_of_step
+from training.dataset import PreferencePairs, positions_of_step, share_of
 from training.diagnostics import TrainingDiverged
 from training.launch import launch, process_count
 from training.models import embed_negative
@@ -239,6 +241,15 @@ def test_accumulation_over_uneven_passes_is_one_batch(world: Path, tmp_path: Pat
     assert [len(batch.draws) for batch in runs[1]._batches(0)] == [2, 2, 1]
     metrics = [run.step(0) for run in runs]
     assert metrics[0]["grad_norm"] == pytest.approx(metrics[1]["grad_norm"], rel=1e-4)
+
+
+@given(count=st.integers(1, 40), processes=st.integers(1, 9))
+def test_processes_read_equally_many_and_count_each_place_once(count: int, processes: int) -> None:
+    """Or those with fewer forward passes would leave the others waiting, and a mean would depend on their number."""
+    places = [(-1, index) for index in range(count)]
+    shares = [share_of(places, process, processes) for process in range(processes)]
+    assert len({len(read) for read, _ in shares}) == 1
+    assert sorted(place for read, counting in shares for place in read[:counting]) == sorted(places)
 
 
 def test_two_processes_train_what_one_does(world: Path, tmp_path: Path) -> None:
