@@ -145,6 +145,13 @@ def _taken(host: str, port: int) -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
+def ui_origins(api_url: str) -> list[str]:
+    """The origins under which a browser on this machine may have opened the UI: all that the API answers."""
+    place = urlparse(api_url)
+    hosts = dict.fromkeys([str(place.hostname), "127.0.0.1", "localhost"])
+    return [f"{place.scheme}://{host}:{place.port or 4200}" for host in hosts]
+
+
 def start_server() -> bool:
     """True when started here; False when one answers already at PREFECT_API_URL."""
     url = os.environ["PREFECT_API_URL"]
@@ -159,6 +166,7 @@ def start_server() -> bool:
         )
     say(f"starting a Prefect server at {url} (about 20 seconds the first time)")
     command = ["prefect", "server", "start", "--host", str(place.hostname), "--port", str(place.port or 4200)]
+    os.environ["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] = ",".join(ui_origins(url))
     process = _spawn("server", command)
     started = told = time.monotonic()
     while not _healthy():

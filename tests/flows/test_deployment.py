@@ -6,12 +6,15 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+
+from flows.serve import ui_origins
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,6 +66,7 @@ def test_up_schedules_nights_runs_one_at_a_time_and_down_leaves_nothing(
 ) -> None:
     up = serve("up", environment)
     assert up.returncode == 0, up.stdout + up.stderr
+    a_foreign_page_is_refused(environment["PREFECT_API_URL"])
     given = ["--param", f"preset={tiny_preset}", "--param", f"workspace={tmp_path}"]
     bad = prefect(environment, "deployment", "run", "rlaif/full-cycle", "--param", 'generation={"candidates": 1}')
     assert bad.returncode == 1 and "candidates" in bad.stdout + bad.stderr
@@ -84,10 +88,35 @@ def test_up_schedules_nights_runs_one_at_a_time_and_down_leaves_nothing(
     assert processes(environment["PREFECT_HOME"]) == []
 
 
+def a_foreign_page_is_refused(api: str) -> None:
+    """What a browser would ask for a page of another origin, and for the UI. A page may send a POST of plain text
+    without asking first, and only the token stops that one; what it may read, the server's headers decide."""
+    ui, foreign = api.removesuffix("/api"), "https://elsewhere.example"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    for origin in (ui, foreign):
+        preflight = httpx.options(f"{api}/flow_runs/", headers={"Origin": origin, **asked}, timeout=30)
+        read = httpx.get(f"{api}/csrf-token", params={"client": "page"}, headers={"Origin": origin}, timeout=30)
+        allowed = {answer.headers.get("access-control-allow-origin") for answer in (preflight, read)}
+        assert allowed == ({ui} if origin == ui else {None})
+    page = httpx.post(f"{api}/flows/filter", content="{}", headers={"Origin": foreign}, timeout=30)
+    assert page.status_code == 403 and "CSRF" in page.text
+
+
+def test_bare_prefect_commands_start_a_server_that_is_closed_as_well() -> None:
+    settings = tomllib.loads((ROOT / "prefect.toml").read_text())
+    api = settings["server"]["api"]
+    assert api["csrf_protection_enabled"] is True
+    assert set(api["cors_allowed_origins"].split(",")) == set(ui_origins(settings["api"]["url"]))
+
+
 def flow_runs(environment: dict[str, str]) -> list[dict[str, Any]]:
     """Every run of the flow `rlaif` that the server knows."""
     wanted = {"flows": {"name": {"any_": ["rlaif"]}}}
-    answer = httpx.post(f"{environment['PREFECT_API_URL']}/flow_runs/filter", json=wanted, timeout=30)
+    api, client = environment["PREFECT_API_URL"], {"Prefect-Csrf-Client": "tests"}
+    token = httpx.get(f"{api}/csrf-token", params={"client": "tests"}, timeout=30).raise_for_status().json()["token"]
+    answer = httpx.post(
+        f"{api}/flow_runs/filter", json=wanted, headers={**client, "Prefect-Csrf-Token": token}, timeout=30
+    )
     runs: list[dict[str, Any]] = answer.raise_for_status().json()
     return runs
 
