@@ -8,22 +8,25 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from scoring.expressions import leaves, parse
+from data.files import write_json
+from scoring.labels.expressions import leaves, parse
 from tasks.evaluate import judge_models
 from tasks.generate import generate_shard, trained_model
 from tasks.models import absolute
 from tasks.pair import pair_candidates
-from tasks.plan import Run, current_model, plan_cycle, read_plan
-from tasks.promote import promote, read_champion
-from tasks.recipe import Recipe
+from tasks.plan_cycle import plan_cycle
+from tasks.promote import promote
+from tasks.record.champion import current_model, read_champion
+from tasks.record.plan import read_plan
+from tasks.record.recipe import Recipe
+from tasks.record.runs import Run
+from tasks.record.settings import Pairing
+from tasks.record.workspace import Cycle, Experiment, Part
 from tasks.relabel import relabel, relabelled
 from tasks.score import score_shard
-from tasks.settings import Pairing
 from tasks.train import train_policy
-from tasks.workspace import Cycle, Experiment, Part
-from training.checkpoint import CheckpointRecord
-from training.models import ModelRef
-from training.shards import write_json
+from training.loop.checkpoint import CheckpointRecord
+from training.model.reference import ModelRef
 
 
 def draw(cycle: Cycle, part: Part) -> None:

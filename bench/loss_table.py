@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scoring.intervals import mean_difference_interval
+from scoring.verdict.intervals import mean_difference_interval
 
 COLUMNS = ["arm", "oracle", "its seeds", "above random labels", "hpsv2", "pickscore", "finding"]
 TRUTH, CONTROL = "oracle", "random-labels"

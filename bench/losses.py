@@ -22,19 +22,20 @@ from tqdm import tqdm
 from bench.arms import ARMS, CYCLES, GRID, RECIPE_GRID, Arm
 from bench.cycles import gate_and_promote, make_pairs, other_pairs, promote_anyway, promoted, run_cycles
 from bench.loss_table import CONTROL, RECIPE, RECIPE_CONTROL, comparison, outcomes, table
-from scoring.registry import load_scorer
-from scoring.scorer import score_images
-from tasks.plan import read_plan
-from tasks.prompts import read_prompts
-from tasks.recipe import SECTIONS, Recipe, resolve
-from tasks.settings import Evaluation, Pairing
+from data.files import write_text
+from data.ids import seed_for
+from data.prompts import read_prompts
+from scoring.scorers.registry import load_scorer
+from scoring.scorers.scorer import score_images
+from tasks.record.plan import read_plan
+from tasks.record.recipe import SECTIONS, Recipe, resolve
+from tasks.record.settings import Evaluation, Pairing
+from tasks.record.workspace import experiment_at
 from tasks.train import training_plan
-from tasks.workspace import experiment_at
-from training.models import ModelRef, load_pipeline
-from training.pairs import seed_for
-from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images
-from training.shards import write_text
-from training.trainer import train
+from training.loop.trainer import train
+from training.model.loading import load_pipeline
+from training.model.reference import ModelRef
+from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 
 START = "start"
 """The base's pictures that all arms are compared with."""

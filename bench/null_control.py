@@ -11,14 +11,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scoring.registry import load_scorer
-from scoring.scorer import score_images
-from scoring.statistics import Verdict, judge_pairs
-from tasks.prompts import Prompts, read_prompts
-from tasks.recipe import SECTIONS, Recipe, resolve
-from training.models import ModelRef, load_pipeline
-from training.pairs import seed_for
-from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images
+from data.ids import seed_for
+from data.prompts import Prompts, read_prompts
+from scoring.scorers.registry import load_scorer
+from scoring.scorers.scorer import score_images
+from scoring.verdict.verdict import Verdict, judge_pairs
+from tasks.record.recipe import SECTIONS, Recipe, resolve
+from training.model.loading import load_pipeline
+from training.model.reference import ModelRef
+from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 
 
 def main() -> None:

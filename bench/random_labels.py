@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from scoring.images import check_inputs
-from scoring.scorer import ScorerInfo, ScoringError
+from scoring.scorers.images import check_inputs
+from scoring.scorers.scorer import ScorerInfo, ScoringError
 
 
 class RandomLabels:

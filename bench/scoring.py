@@ -24,7 +24,7 @@ from PIL import Image
 
 from bench.original_hpsv2 import original, put_model
 from scoring import sources
-from scoring.hpsv2 import HPSv2, preprocess
+from scoring.scorers.hpsv2 import HPSv2, preprocess
 
 PROMPTS = [
     "a red fox asleep in fresh snow, photograph",

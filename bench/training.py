@@ -26,10 +26,11 @@ from bench import training_device, training_profile
 from bench.training_parity import compare
 from bench.training_peers import Peer, captured, peers_for, run_script
 from bench.training_world import SCALES, Scale, Shards, save_base, save_data
-from training.models import ModelRef, quiet_libraries
+from training.adapter.lora import Lora
+from training.loop.run import Run
+from training.model.loading import quiet_libraries
+from training.model.reference import ModelRef
 from training.plan import TrainingPlan
-from training.policy import Lora
-from training.run import Run
 
 METHODS = ("lora", "full")
 CACHED = "ours, cached latents"

@@ -6,9 +6,9 @@ from unittest import mock
 import torch
 
 from bench.training_peers import Step
-from training.dataset import PairBatch
-from training.family import PromptEmbeddings
-from training.run import Run
+from training.loop.dataset import PairBatch
+from training.loop.run import Run
+from training.model.family import PromptEmbeddings
 
 
 class Difference(NamedTuple):
@@ -43,7 +43,7 @@ def compare(run: Run, steps: list[Step], as_theirs: bool = True) -> Difference:
 def _apart(run: Run, step: Step) -> tuple[float, float]:
     count = len(step.latents) // 2
     run.policy.load({_ours(name): value for name, value in step.weights.items()})
-    with mock.patch("training.pair_loss.draw", lambda *_: (step.noise[:count], step.times[:count])):
+    with mock.patch("training.loop.pair_loss.draw", lambda *_: (step.noise[:count], step.times[:count])):
         loss = run.loss(_batch(step, count)).loss.sum() / count
     loss.backward()
     found = {name: p.grad for name, p in run.policy.network.named_parameters() if p.grad is not None}

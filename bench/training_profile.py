@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from training.run import Run
+from training.loop.run import Run
 
 
 def parts(run: Run, steps: Iterable[int], clock: Callable[[], float]) -> dict[str, float]:

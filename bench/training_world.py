@@ -17,10 +17,14 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from data.columns import latent_column
+from data.ids import image_uid, pair_id, prompt_id
+from data.manifest import write_manifest
+from data.schema import IMAGE, pair_schema
+from data.shards import write_shard
 from tests.tiny import ALL_MERGES, MERGES, SPECIAL, clip_tokenizer
-from training.models import ModelRef, family_for
-from training.pairs import IMAGE, image_uid, latent_column, pair_id, pair_schema, prompt_id
-from training.shards import write_manifest, write_shard
+from training.model.families import family_for
+from training.model.reference import ModelRef
 
 SPLIT = "train"
 CLIP_WORDS = {"vocab_size": 49408}
@@ -135,7 +139,7 @@ class Shards:
     """Makes our shards of such a data set: what a first epoch costs before its first step."""
 
     def __init__(self, base: Path, data: Path, device: str, dtype: torch.dtype) -> None:
-        from training.models import load_pipeline
+        from training.model.loading import load_pipeline
 
         self.table = pq.read_table(data / f"{SPLIT}.parquet")
         self.family, self.device = family_for(ModelRef(str(base))), device

@@ -11,17 +11,19 @@ from prefect import flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from pydantic import Field
 
+from data.files import write_json
 from flows import stages
-from tasks.check import check
-from tasks.plan import begin_run, end_run, note_failure, plan_cycle
+from tasks.plan_cycle import plan_cycle
 from tasks.progress import show_logs
 from tasks.promote import promote
-from tasks.recipe import ParameterError, Recipe, resolve
-from tasks.report import write_report
-from tasks.settings import Evaluation, Execution, Gate, Generation, Pairing, Training
+from tasks.record.checks import check
+from tasks.record.recipe import ParameterError, Recipe, resolve
+from tasks.record.runs import begin_run, end_run, note_failure
+from tasks.record.settings import Evaluation, Gate, Generation, Pairing
+from tasks.record.workspace import Cycle, Experiment, experiment_at
+from tasks.report.page import write_report
 from tasks.train import hand_over
-from tasks.workspace import Cycle, Experiment, experiment_at
-from training.shards import write_json
+from training.settings import Execution, Training
 
 log = logging.getLogger(__name__)
 

@@ -7,17 +7,18 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 
 from flows.full_cycle import exclusive
-from tasks.check import check_expression, check_trusted
 from tasks.models import release
-from tasks.plan import read_plan
 from tasks.progress import show_logs
-from tasks.recipe import ParameterError, Weights, read_preset
+from tasks.record.checks import check_expression, check_trusted
+from tasks.record.plan import read_plan
+from tasks.record.recipe import ParameterError, Weights, read_preset
+from tasks.record.settings import Pairing
+from tasks.record.workspace import Cycle, Experiment
 from tasks.relabel import relabel, relabelled
-from tasks.report import write_report
+from tasks.report.page import write_report
 from tasks.score import score_shard
 from tasks.score_set import score_set, write_table
-from tasks.settings import Execution, Pairing
-from tasks.workspace import Cycle, Experiment
+from training.settings import Execution
 
 log = logging.getLogger(__name__)
 

@@ -12,12 +12,12 @@ from tasks.generate import generate_shard
 from tasks.models import collect, release
 from tasks.pair import pair_candidates
 from tasks.pictures import forget
-from tasks.plan import read_plan
+from tasks.record.plan import read_plan
+from tasks.record.workspace import EVALUATION_PARTS, Cycle, Part
 from tasks.relabel import compare_with_source, link_candidates
 from tasks.score import score_shard
 from tasks.train import train_policy
-from tasks.workspace import EVALUATION_PARTS, Cycle, Part
-from training.checkpoint import CheckpointRecord
+from training.loop.checkpoint import CheckpointRecord
 
 
 @flow(name="generate", flow_run_name="generate-{part}")

@@ -7,12 +7,13 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from data.manifest import read_manifest
 from flows.full_cycle import exclusive
 from tasks.import_pairs import import_pairs, plan_import
 from tasks.models import collect
 from tasks.progress import show_logs
-from tasks.recipe import SECTIONS, ParameterError, Recipe, resolve
-from tasks.settings import Execution, Generation, Training
+from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
+from tasks.record.settings import Generation
 from tasks.train_alone import (
     check_importable,
     check_pairs,
@@ -24,8 +25,8 @@ from tasks.train_alone import (
     train_pairs,
     training_folder,
 )
-from training.models import ModelRef
-from training.shards import read_manifest
+from training.model.reference import ModelRef
+from training.settings import Execution, Training
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "hpsv2-finished": ("shapes.judge_training", "hpsv2", "finished"),
     "export": ("shapes.export",),
     "reconstruction": ("shapes.reconstruction",),
-    "agreement": ("shapes.agreement",),
+    "agreement": ("bench.agreement",),
 }
 
 

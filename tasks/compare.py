@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from scoring.scorer import compare_images
+from data.shards import read_shard
+from scoring.scorers.scorer import compare_images
 from tasks.pictures import pictures
-from tasks.plan import Plan
-from tasks.workspace import Cycle, Part
-from training.shards import read_shard
+from tasks.record.plan import Plan
+from tasks.record.workspace import Cycle, Part
 
 
 def compared_scores(

@@ -7,14 +7,16 @@ import logging
 import numpy as np
 from prefect import task
 
-from scoring.combine import order
-from scoring.expressions import Leaf, leaves, parse
-from scoring.scorer import ScorerInfo, identities
-from scoring.statistics import GateDecision, Verdict, gate, judge_pairs, with_holm
-from tasks.plan import Plan, read_drawn_prompts, read_plan
+from data.files import write_json
+from data.shards import ShardError
+from scoring.labels.combine import order
+from scoring.labels.expressions import Leaf, leaves, parse
+from scoring.scorers.scorer import ScorerInfo, identities
+from scoring.verdict.gates import GateDecision, gate
+from scoring.verdict.verdict import Verdict, judge_pairs, with_holm
+from tasks.record.plan import Plan, read_drawn_prompts, read_plan
+from tasks.record.workspace import Cycle, Part
 from tasks.score import read_scores
-from tasks.workspace import Cycle, Part
-from training.shards import ShardError, write_json
 
 log = logging.getLogger(__name__)
 

@@ -1,26 +1,27 @@
 """Draws the candidates of one shard and publishes them."""
 
-import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 from prefect import task
 
+from data.columns import latent_column
+from data.ids import candidate_id, image_uid, seed_for
+from data.pictures import encode_image
+from data.schema import IMAGE, candidate_schema
+from data.shards import adopt_shard, write_shard
 from tasks.models import absolute, pipeline_for
 from tasks.pictures import keep
-from tasks.plan import Plan, read_drawn_prompts, read_plan
 from tasks.progress import progress
-from tasks.workspace import Cycle, Part
-from training.checkpoint import CheckpointRecord
-from training.family import PromptEmbeddings
-from training.models import ModelRef
-from training.pairs import IMAGE, candidate_id, candidate_schema, image_uid, latent_column, seed_for
-from training.sampling import Sampler, embed_prompts, negative_prompt, sample_images
-from training.shards import adopt_shard, write_shard
+from tasks.record.plan import Plan, read_drawn_prompts, read_plan
+from tasks.record.workspace import Cycle, Part
+from training.loop.checkpoint import CheckpointRecord
+from training.model.family import PromptEmbeddings
+from training.model.reference import ModelRef
+from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 
 log = logging.getLogger(__name__)
 
@@ -159,11 +160,3 @@ def candidate_table(
             "config_hash": [config] * len(rows),
         }
     )
-
-
-def encode_image(image: np.ndarray, kind: str) -> bytes:
-    """uint8 (H, W, 3) as a PNG, or as a JPEG of quality 95 without chroma subsampling."""
-    buffer = io.BytesIO()
-    options = {"compress_level": 1} if kind == "png" else {"quality": 95, "subsampling": 0}
-    Image.fromarray(image).save(buffer, format=kind.upper(), **options)
-    return buffer.getvalue()

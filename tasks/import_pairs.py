@@ -15,27 +15,22 @@ from typing import Any
 import pyarrow as pa
 from prefect import task
 
-from tasks.human_data import HumanData, Row, human_data
+from data.card import dataset_card
+from data.files import write_json, write_text
+from data.human import HumanData, Row, human_data
+from data.ids import canonical_json
+from data.manifest import MANIFEST, make_manifest, read_manifest, write_manifest
+from data.preferences import Counts
+from data.schema import read_metadata
+from data.shards import ShardRecord, adopt_shard, read_shard, write_shard
 from tasks.progress import progress
-from tasks.recipe import ParameterError, Recipe
-from training.dataset_card import dataset_card
-from training.fitting import picture_size
-from training.imported import Counts
-from training.models import ModelError, ModelRef, family_for, load_encoders, model_digest, resolve_device
-from training.pair_encoder import PairEncoder
-from training.pairs import canonical_json, read_metadata
-from training.shards import (
-    MANIFEST,
-    ShardRecord,
-    adopt_shard,
-    make_manifest,
-    read_manifest,
-    read_shard,
-    write_json,
-    write_manifest,
-    write_shard,
-    write_text,
-)
+from tasks.record.recipe import ParameterError, Recipe
+from training.model.devices import resolve_device
+from training.model.families import family_for
+from training.model.fitting import picture_size
+from training.model.loading import load_encoders
+from training.model.pair_encoder import PairEncoder
+from training.model.reference import ModelError, ModelRef, model_digest
 
 log = logging.getLogger(__name__)
 ROWS_PER_SHARD = 512

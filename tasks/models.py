@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scoring.registry import ScorerSource, load_scorer, parse_spec
-from scoring.scorer import Scorer
-from training.models import ModelRef, load_pipeline, resolve_device
+from scoring.scorers.registry import ScorerSource, load_scorer, parse_spec
+from scoring.scorers.scorer import Scorer
+from training.model.devices import resolve_device
+from training.model.loading import load_pipeline
+from training.model.reference import ModelRef
 
 if TYPE_CHECKING:
     import torch

@@ -11,27 +11,21 @@ import numpy as np
 import pyarrow as pa
 from prefect import task
 
-from scoring.combine import winner_probabilities
-from scoring.expressions import Expression, leaves
-from scoring.pairing import Pair, pair_groups
+from data.card import dataset_card
+from data.files import write_text
+from data.ids import pair_id, score_column
+from data.manifest import MANIFEST, make_manifest, read_manifest, write_manifest
+from data.schema import pair_schema, read_metadata
+from data.shards import ShardRecord, read_shard, write_shard
+from scoring.labels.combine import winner_probabilities
+from scoring.labels.expressions import Expression, leaves
+from scoring.labels.pairing import Pair, pair_groups
 from tasks.generate import generation_metadata
-from tasks.plan import Plan, read_plan
-from tasks.recipe import ParameterError
+from tasks.record.plan import Plan, read_plan
+from tasks.record.recipe import ParameterError
+from tasks.record.settings import Pairing
+from tasks.record.workspace import Cycle, shard_name
 from tasks.score import Scored, read_scores
-from tasks.settings import Pairing
-from tasks.workspace import Cycle, shard_name
-from training.dataset_card import dataset_card
-from training.pairs import pair_id, pair_schema, read_metadata, score_column
-from training.shards import (
-    MANIFEST,
-    ShardRecord,
-    make_manifest,
-    read_manifest,
-    read_shard,
-    write_manifest,
-    write_shard,
-    write_text,
-)  # fmt: skip
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scoring.images import open_image
+from data.pictures import open_image
 
 LIMIT = 2 << 30
 """Bytes of pictures that are kept at most: 2,700 of 512 x 512 pixels."""

@@ -6,12 +6,13 @@ from typing import Any
 
 from prefect import task
 
+from data.files import write_json
 from tasks.evaluate import Results
 from tasks.generate import trained_model
-from tasks.plan import read_plan
-from tasks.workspace import Cycle, Experiment
-from training.checkpoint import CheckpointRecord
-from training.shards import write_json
+from tasks.record.champion import read_champion
+from tasks.record.plan import read_plan
+from tasks.record.workspace import Cycle, Experiment
+from training.loop.checkpoint import CheckpointRecord
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +49,3 @@ def promote(experiment: Experiment, cycle: Cycle) -> dict[str, Any]:
     write_json(cycle.promotion, decision)
     log.info("cycle %d: %s", plan.cycle, reasons[0])
     return decision
-
-
-def read_champion(experiment: Experiment) -> dict[str, Any]:
-    """The champion's record; before the first promotion its cycle is None."""
-    if not experiment.champion.is_file():
-        return {"cycle": None, "model": None, "label": None, "labellers": [], "history": []}
-    champion: dict[str, Any] = json.loads(experiment.champion.read_text())
-    return champion

@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 from prefect import task
 
-from scoring.expressions import leaves, parse
-from scoring.pair_statistics import clustered_interval
+from data.files import write_json
+from data.manifest import MANIFEST
+from scoring.labels.expressions import leaves, parse
+from scoring.verdict.pair_statistics import clustered_interval
 from tasks.pair import Labels, label, write_pairs
-from tasks.plan import read_plan, source_cycle
-from tasks.recipe import ParameterError
+from tasks.record.plan import read_plan, source_cycle
+from tasks.record.recipe import ParameterError
+from tasks.record.settings import Pairing
+from tasks.record.workspace import Cycle, Part, safe_name
 from tasks.score import read_scores
-from tasks.settings import Pairing
-from tasks.workspace import Cycle, Part, safe_name
-from training.shards import MANIFEST, write_json
 
 log = logging.getLogger(__name__)
 

@@ -10,19 +10,19 @@ import numpy as np
 import pyarrow as pa
 from prefect import task
 
-from scoring.combine import Order, order
-from scoring.expressions import Expression, leaves
-from scoring.registry import parse_spec
-from scoring.scorer import Scorer, ScorerInfo, info_of, score_images
+from data.schema import read_metadata, score_schema
+from data.shards import ShardError, read_shard, write_shard
+from scoring.labels.combine import Order, order
+from scoring.labels.expressions import Expression, leaves
+from scoring.scorers.registry import parse_spec
+from scoring.scorers.scorer import Scorer, ScorerInfo, info_of, score_images
 from tasks.compare import compared_scores
 from tasks.models import scorer_for
 from tasks.pictures import pictures
-from tasks.plan import read_plan
 from tasks.progress import progress
-from tasks.settings import Execution
-from tasks.workspace import Cycle, Part
-from training.pairs import read_metadata, score_schema
-from training.shards import ShardError, read_shard, write_shard
+from tasks.record.plan import read_plan
+from tasks.record.workspace import Cycle, Part
+from training.settings import Execution
 
 log = logging.getLogger(__name__)
 

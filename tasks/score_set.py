@@ -10,16 +10,18 @@ import pyarrow as pa
 from prefect import task
 from pyarrow import csv
 
-from scoring.captioned import Captioned, read_captioned
-from scoring.registry import ScorerSource
-from scoring.scorer import Scorer, info_of, score_images
+from data.captioned import Captioned, read_captioned
+from data.files import write_text
+from data.ids import score_column
+from data.schema import read_metadata, score_schema
+from data.shards import read_shard, write_shard
+from scoring.scorers.registry import ScorerSource
+from scoring.scorers.scorer import Scorer, info_of, score_images
 from tasks.models import scorer_for
 from tasks.progress import progress
-from tasks.recipe import ParameterError
-from tasks.settings import Execution
-from tasks.workspace import CandidateSet
-from training.pairs import read_metadata, score_column, score_schema
-from training.shards import read_shard, write_shard, write_text
+from tasks.record.recipe import ParameterError
+from tasks.record.workspace import CandidateSet
+from training.settings import Execution
 
 log = logging.getLogger(__name__)
 

@@ -7,19 +7,19 @@ from typing import Any
 
 from prefect import task
 
+from data.manifest import verify
 from tasks.models import absolute
-from tasks.plan import Plan, read_plan
 from tasks.progress import progress
-from tasks.recipe import Recipe
-from tasks.settings import Section, Training
-from tasks.workspace import Cycle
-from training.checkpoint import CheckpointRecord
-from training.launch import launch, process_count
-from training.models import ModelRef
-from training.outputs import write_outputs
+from tasks.record.plan import Plan, read_plan
+from tasks.record.recipe import Recipe
+from tasks.record.workspace import Cycle
+from training.adapter.lora import Lora
+from training.export.outputs import write_outputs
+from training.loop.checkpoint import CheckpointRecord
+from training.loop.launch import launch, process_count
+from training.model.reference import ModelRef
 from training.plan import TrainingPlan
-from training.policy import Lora
-from training.shards import verify
+from training.settings import Section, Training
 
 log = logging.getLogger(__name__)
 

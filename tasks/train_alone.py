@@ -8,18 +8,24 @@ from typing import Any
 
 from prefect import task
 
-from tasks.check import check_device, check_training
-from tasks.plan import check_start, code_versions, difference
-from tasks.recipe import ParameterError, Recipe
+from data.files import write_json
+from data.manifest import MANIFEST, read_manifest
+from data.schema import read_metadata
+from data.shards import ShardError, open_shard
+from tasks.plan_cycle import code_versions
+from tasks.record.champion import check_start
+from tasks.record.checks import check_device, check_training
+from tasks.record.recipe import ParameterError, Recipe
+from tasks.record.runs import difference
+from tasks.record.workspace import plain_name
 from tasks.train import lora_of, plan_training, run_training
-from tasks.workspace import plain_name
-from training.checkpoint import CheckpointRecord, weights_sha256
-from training.dataset import PreferencePairs
-from training.fitting import check_fit
-from training.models import ADAPTER_FILE, ModelError, ModelRef, family_for, model_digest, network_outline
-from training.outputs import CARD, write_outputs
-from training.pairs import read_metadata
-from training.shards import MANIFEST, ShardError, open_shard, read_manifest, write_json
+from training.export.outputs import CARD, write_outputs
+from training.loop.checkpoint import CheckpointRecord, weights_sha256
+from training.loop.dataset import PreferencePairs
+from training.model.families import family_for
+from training.model.fitting import check_fit
+from training.model.loading import network_outline
+from training.model.reference import ADAPTER_FILE, ModelError, ModelRef, model_digest
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +69,7 @@ def _trained(folder: Path, base: ModelRef, what: str) -> ModelRef:
 
 def _check_shape(folder: Path, recipe: Recipe, what: str) -> None:
     """A LoRA goes on with the adapter, so it must have its shape."""
-    from training.adapter_shape import check_adapter, check_encoders
+    from training.adapter.shape import check_adapter, check_encoders
 
     base = ModelRef(recipe.base_model, recipe.revision)
     names = [name for name, _ in network_outline(base).named_modules()]

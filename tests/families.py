@@ -12,7 +12,8 @@ import diffusers
 import torch
 
 from tests.tiny import clip_vocabulary
-from training.models import ModelRef, load_pipeline
+from training.model.loading import load_pipeline
+from training.model.reference import ModelRef
 
 T5_WIDTH = 48
 MERGES = 2000

@@ -1,62 +1,92 @@
-"""Who may import whom: libraries import no sibling and no Prefect, tasks import libraries, flows import tasks."""
+"""Who may import whom, between packages and inside them: DESIGN and CONTRIBUTING have the table, this enforces it."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"scoring", "training", "shapes", "tasks", "flows"}
 ALLOWED = {
-    "scoring": set(),
-    "training": set(),
+    "data": set(),
+    "scoring": {"data"},
+    "training": {"data"},
     "shapes": set(),
-    "tasks": {"scoring", "training"},
-    "flows": {"tasks", "training"},
+    "tasks": {"data", "scoring", "training"},
+    "flows": {"tasks", "training", "data"},
 }
+PACKAGES = set(ALLOWED)
 MAY_USE_PREFECT = {"tasks", "flows"}
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of everything a file imports, wherever in the file."""
+    """Dotted names of everything a file imports, wherever in the file: of `from a import b` both a and a.b."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-    return {name.split(".")[0] for name in names}
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def modules(root: Path, package: str) -> dict[str, Path]:
+    """The files of a package by their dotted names."""
+    files = sorted((root / package).rglob("*.py"))
+    return {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
 
 
 def violations(root: Path) -> list[str]:
+    """Imports of packages that the table does not allow."""
     found = []
     for package in sorted(PACKAGES):
-        for path in sorted((root / package).rglob("*.py")):
+        for path in modules(root, package).values():
             forbidden = PACKAGES - ALLOWED[package] - {package}
             if package not in MAY_USE_PREFECT:
                 forbidden |= {"prefect"}
-            found += [f"{path.relative_to(root)} imports {name}" for name in sorted(imported(path) & forbidden)]
+            tops = {name.split(".")[0] for name in imported(path)}
+            found += [f"{path.relative_to(root)} imports {name}" for name in sorted(tops & forbidden)]
     return found
+
+
+def circles(root: Path) -> Iterator[str]:
+    """Import circles between the modules of a package. A deferred import counts, and so does one for types alone."""
+    for package in sorted(PACKAGES):
+        known = modules(root, package)
+        graph = {name: (imported(path) & known.keys()) - {name} for name, path in known.items()}
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            yield " imports ".join(reversed(error.args[1]))
 
 
 def test_nobody_imports_what_it_may_not() -> None:
     assert violations(ROOT) == []
 
 
-def test_the_rule_can_fail(tmp_path: Path) -> None:
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert list(circles(ROOT)) == []
+
+
+def test_the_rules_can_fail(tmp_path: Path) -> None:
     (tmp_path / "scoring").mkdir()
     (tmp_path / "scoring" / "bad.py").write_text(
-        "def f():\n    from training.losses import x\n    import prefect.states\n"
+        "def f():\n    from training.loss.errors import x\n    import prefect.states\n"
     )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "one.py").write_text("import data.two\n")
+    (tmp_path / "data" / "two.py").write_text("def f():\n    from data import one\n")
     assert violations(tmp_path) == ["scoring/bad.py imports prefect", "scoring/bad.py imports training"]
+    assert len(list(circles(tmp_path))) == 1
 
 
-@pytest.mark.parametrize("package", ["scoring", "training", "shapes"])
+@pytest.mark.parametrize("package", ["data", "scoring", "training", "shapes"])
 def test_a_library_loads_without_prefect(package: str) -> None:
-    modules = [f"{package}.{path.stem}" for path in sorted((ROOT / package).glob("[!_]*.py"))]
-    code = f"import importlib, sys\nfor m in {modules!r}: importlib.import_module(m)\nprint('prefect' in sys.modules)"
+    names = [name for name in modules(ROOT, package) if not name.endswith("__main__")]
+    code = f"import importlib, sys\nfor m in {names!r}: importlib.import_module(m)\nprint('prefect' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from training.loop.trainer import Metrics, train
 from training.plan import TrainingPlan
-from training.trainer import Metrics, train
 
 
 def main() -> int:

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from training.models import ModelRef
-from training.noise import Density, ErrorSpace
-from training.policy import Lora
-from training.shards import write_json
+from data.files import write_json
+from training.adapter.lora import Lora
+from training.model.noise import Density, ErrorSpace
+from training.model.reference import ModelRef
 
 Method = Literal["lora", "full"]
 
@@ -23,7 +23,7 @@ class TrainingPlan:
     linear from 0; then `schedule`, see `optimizers.learning_rate`. loss: a key of `loss_table.LOSSES`, with the
     options of `loss_table.LossOptions`.
 
-    text_encoders: whether `lora` also goes on the attention of the CLIP encoders, see `training.text_encoders`.
+    text_encoders: whether `lora` also goes on the attention of the CLIP encoders, see `training.adapter.encoders`.
 
     noise_draws: how many different noises and times a pair is seen with; later epochs repeat them, and the reference's
     errors are kept instead of computed again. 0 = new ones in each epoch. refresh_reference: every so many steps the

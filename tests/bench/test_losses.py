@@ -26,16 +26,17 @@ from bench.loss_table import (
 )
 from bench.losses import default_recipe, run
 from bench.random_labels import RandomLabels
-from scoring.clauses import Clause
-from scoring.contract import Skipped, Trial, clauses
-from scoring.pair_statistics import clustered_interval
-from tasks.plan import read_plan
-from tasks.recipe import Recipe
-from tasks.settings import Generation, Training
-from tasks.workspace import experiment_at
-from training.loss_table import LOSSES, LossOptions, check_options
-from training.pairs import score_column
-from training.shards import read_shard
+from data.ids import score_column
+from data.shards import read_shard
+from scoring.tools.clauses import Clause
+from scoring.tools.contract import Skipped, Trial, clauses
+from scoring.verdict.pair_statistics import clustered_interval
+from tasks.record.plan import read_plan
+from tasks.record.recipe import Recipe
+from tasks.record.settings import Generation
+from tasks.record.workspace import experiment_at
+from training.loss.table import LOSSES, LossOptions, check_options
+from training.settings import Training
 
 
 def made_up(seeds: int, prompts: int, shift: float, generator: np.random.Generator) -> np.ndarray:

@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tasks.settings import Evaluation, Generation, Training
+from data.columns import latents
+from data.manifest import verify
+from data.schema import read_metadata
+from data.shards import read_shard
+from tasks.record.settings import Evaluation, Generation
 from tests.families import FamilyBases
-from training.checkpoint import CheckpointRecord
-from training.pairs import latents, read_metadata
-from training.sampling import embed_prompts
-from training.shards import read_shard, verify
+from training.loop.checkpoint import CheckpointRecord
+from training.model.sampling import embed_prompts
+from training.settings import Training
 
 SCHEDULERS = {"sdxl": "EulerDiscreteScheduler", "sd3": "FlowMatchEulerDiscreteScheduler"}
 

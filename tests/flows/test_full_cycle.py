@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.promote import read_champion
-from tasks.recipe import ParameterError
-from tasks.workspace import experiment_at
-from training.models import ModelRef
-from training.pairs import read_metadata
-from training.shards import read_shard, verify, write_json
+from data.files import write_json
+from data.manifest import verify
+from data.schema import read_metadata
+from data.shards import read_shard
+from tasks.record.champion import read_champion
+from tasks.record.recipe import ParameterError
+from tasks.record.workspace import experiment_at
+from training.model.reference import ModelRef
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -112,12 +114,12 @@ def test_the_judges_are_told_apart(cycle: Path) -> None:
 
 
 def test_a_candidate_can_be_drawn_again_alone(cycle: Path) -> None:
-    from scoring.images import open_image
+    from data.pictures import open_image
     from tasks.generate import plan_sampler
-    from tasks.plan import read_plan
-    from tasks.workspace import Cycle
-    from training.models import load_pipeline
-    from training.sampling import embed_prompts, negative_prompt, sample_images
+    from tasks.record.plan import read_plan
+    from tasks.record.workspace import Cycle
+    from training.model.loading import load_pipeline
+    from training.model.sampling import embed_prompts, negative_prompt, sample_images
 
     plan = read_plan(Cycle(cycle))
     row = read_shard(sorted((cycle / "candidates").glob("*.arrow"))[1], ["caption", "seed", "image"]).to_pylist()[-1]
@@ -153,12 +155,12 @@ def test_the_next_cycle_starts_from_the_champion_and_draws_its_own_prompts(
 
 
 def test_tuned_text_encoders_draw_the_evaluation_and_are_never_left_behind(tiny_preset: Path, tmp_path: Path) -> None:
-    from scoring.images import open_image
+    from data.pictures import open_image
     from tasks.generate import plan_sampler
-    from tasks.plan import read_plan
-    from tasks.workspace import Cycle
-    from training.models import load_pipeline
-    from training.sampling import embed_prompts, negative_prompt, sample_images
+    from tasks.record.plan import read_plan
+    from tasks.record.workspace import Cycle
+    from training.model.loading import load_pipeline
+    from training.model.sampling import embed_prompts, negative_prompt, sample_images
 
     training = {"text_encoders": True, "steps": 2, "learning_rate": 0.1}
     run(tiny_preset, tmp_path, training=training, evaluation={"max_prompts": 10, "null_control": False})

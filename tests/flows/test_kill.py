@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from data.manifest import verify
 from tests.flows.processes import kill_when, start
-from training.shards import verify
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scoring.images import open_image
-from scoring.registry import ScorerSource, load_scorer
-from scoring.scorer import ScoringError
-from tasks.recipe import ParameterError
-from training.pairs import read_metadata
-from training.shards import ShardError, read_shard, verify
+from data.manifest import verify
+from data.pictures import open_image
+from data.schema import read_metadata
+from data.shards import ShardError, read_shard
+from scoring.scorers.registry import ScorerSource, load_scorer
+from scoring.scorers.scorer import ScoringError
+from tasks.record.recipe import ParameterError
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

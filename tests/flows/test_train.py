@@ -9,16 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.recipe import SECTIONS, ParameterError, Recipe, resolve
+from data.manifest import read_manifest, verify
+from data.shards import ShardError, read_shard
+from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
 from tasks.train_alone import check_pairs, start_model
 from tests.families import save_sdxl
 from tests.tasks.test_import_pairs import row, save
 from tests.training.worlds import make_plan, save_pairs
-from training.checkpoint import CheckpointRecord
-from training.models import ADAPTER_FILE, ModelRef, load_pipeline
+from training.loop.checkpoint import CheckpointRecord
+from training.loop.trainer import train as train_library
+from training.model.loading import load_pipeline
+from training.model.reference import ADAPTER_FILE, ModelRef
 from training.plan import TrainingPlan
-from training.shards import ShardError, read_manifest, read_shard, verify
-from training.trainer import train as train_library
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -94,7 +96,7 @@ def test_the_same_parameters_change_nothing_and_others_are_refused(
 def test_a_killed_training_goes_on_at_its_checkpoint(
     trained: Path, tiny_preset: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.run import Run
+    from training.loop.run import Run
 
     step = Run.step
 
@@ -161,8 +163,8 @@ def test_human_data_are_imported_once_and_trained_on(tiny_preset: Path, tmp_path
 def test_sdxl_is_told_each_pictures_own_size_and_crop(
     tiny_preset: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training.family import Conditions
-    from training.stable_diffusion import StableDiffusionXL
+    from training.model.family import Conditions
+    from training.model.stable_diffusion import StableDiffusionXL
 
     base, told = str(save_sdxl(tmp_path / "xl")), []
     predict = StableDiffusionXL.predict

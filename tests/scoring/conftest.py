@@ -111,7 +111,7 @@ def bomb() -> type[Bomb]:
 @pytest.fixture(scope="session", params=["hpsv2", "pickscore"])
 def tiny_scorer(request: pytest.FixtureRequest) -> Iterator:
     """Each built-in scorer on its tiny weights, found by name as a flow finds it."""
-    from scoring.registry import ScorerSource, load_scorer
+    from scoring.scorers.registry import ScorerSource, load_scorer
 
     folder = request.getfixturevalue(f"{request.param}_folder")
     scorer = load_scorer(request.param, {request.param: ScorerSource(str(folder))})

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from shapes.agreement import fresh_pictures, oracle_scores, pairwise, wilson
+from bench.agreement import fresh_pictures, oracle_scores, pairwise, wilson
 from shapes.generate import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from shapes.prompts import COUNTS, read_set
 from shapes.scorers import JUDGES, load_judge, score, standardise
@@ -102,7 +102,7 @@ def test_judges_agree_with_the_oracle(name: str, pictures: Tensor, captions: lis
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(JUDGES))
 def test_judges_reach_four_pairs_in_five_on_held_out_prompts(name: str) -> None:
-    """What `python -m shapes.agreement --set heldout --prompts 512 --seed 9001` prints."""
+    """What `python -m bench.agreement --set heldout --prompts 512 --seed 9001` prints."""
     prompts = read_set("heldout")
     captions = [prompt for prompt in prompts for _ in range(4)]
     images = fresh_pictures(prompts, 4, 9001)

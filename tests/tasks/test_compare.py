@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from scoring.images import open_image
-from scoring.scorer import ScoringError
+from data.pictures import open_image
+from data.shards import read_shard
+from scoring.scorers.scorer import ScoringError
 from tasks.compare import compared_scores
-from tasks.plan import read_plan
-from tasks.workspace import Cycle, Part
-from tests.tasks.test_report import finished_cycle
-from training.shards import read_shard
+from tasks.record.plan import read_plan
+from tasks.record.workspace import Cycle, Part
+from tests.tasks.report.test_report import finished_cycle
 
 
 class Brighter:

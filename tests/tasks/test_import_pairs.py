@@ -13,14 +13,16 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 
-from tasks.human_data import LocalData, human_data, stream_rows
+from data.export import PICKAPIC, export_pickapic
+from data.human import LocalData, human_data, stream_rows
+from data.manifest import read_manifest, verify
+from data.preferences import decision, fit, read_pair
+from data.schema import read_metadata
+from data.shards import ShardError, read_shard
 from tasks.import_pairs import Import, import_pairs, plan_import
-from tasks.recipe import SECTIONS, ParameterError, resolve
+from tasks.record.recipe import SECTIONS, ParameterError, resolve
 from tests.families import FamilyBases
-from training.dataset import PreferencePairs
-from training.imported import decision, fit, read_pair
-from training.pairs import PICKAPIC, read_metadata
-from training.shards import ShardError, export_pickapic, read_manifest, read_shard, verify
+from training.loop.dataset import PreferencePairs
 
 GIVEN = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "are_different", "model_0", "model_1")
 
@@ -116,9 +118,11 @@ def test_latents_and_embeddings_are_the_base_models_own(job: Import) -> None:
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3-no-t5", "flux-dev"])
 def test_encoders_without_their_network_encode_as_the_whole_pipeline(tmp_path: Path, family: str) -> None:
-    from training.models import ModelRef, family_for, load_encoders, load_pipeline
-    from training.pair_encoder import PairEncoder
-    from training.sampling import embed_prompts
+    from training.model.families import family_for
+    from training.model.loading import load_encoders, load_pipeline
+    from training.model.pair_encoder import PairEncoder
+    from training.model.reference import ModelRef
+    from training.model.sampling import embed_prompts
 
     ref = ModelRef(str(FamilyBases(tmp_path).folder(family)))
     encoder, whole = PairEncoder(load_encoders(ref), 32, 48, 2, False), load_pipeline(ref)
@@ -176,7 +180,7 @@ def test_a_killed_import_goes_on_where_it_stopped(job: Import, monkeypatch: pyte
         rename(old, new)
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("training.shards.os.replace", kill)
+        patch.setattr("data.shards.os.replace", kill)
         import_pairs.fn(job)
     assert [path.name for path in sorted(job.folder.glob("*.arrow"))] == ["00000.arrow"]
     when = job.shard(0).stat().st_mtime_ns

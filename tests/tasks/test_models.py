@@ -12,7 +12,7 @@ import torch
 from tasks import models
 from tests.training.worlds import make_plan
 from training import run, trainer
-from training.models import ModelRef
+from training.model.reference import ModelRef
 
 
 class Scorer:

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.pictures import encode_image
 from tasks import pictures
-from tasks.generate import encode_image
 
 
 @pytest.fixture(autouse=True)

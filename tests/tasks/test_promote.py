@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from scoring.statistics import GateDecision
+from data.files import write_json
+from scoring.verdict.gates import GateDecision
 from tasks.evaluate import Results
-from tasks.plan import Plan, Run, begin_run, current_model, note_failure
-from tasks.promote import promote, read_champion
-from tasks.recipe import SECTIONS, ParameterError, Recipe, resolve
-from tasks.settings import Training
-from tasks.workspace import Cycle, Experiment, experiment_at
-from training.checkpoint import CheckpointRecord
-from training.models import ModelRef
-from training.shards import write_json
+from tasks.promote import promote
+from tasks.record.champion import current_model, read_champion
+from tasks.record.plan import Plan
+from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
+from tasks.record.runs import Run, begin_run, note_failure
+from tasks.record.workspace import Cycle, Experiment, experiment_at
+from training.loop.checkpoint import CheckpointRecord
+from training.model.reference import ModelRef
+from training.settings import Training
 
 NOTHING = {name: kind() for name, kind in SECTIONS.items()}
 

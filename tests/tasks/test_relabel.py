@@ -8,17 +8,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from scoring.expressions import parse
-from tasks.plan import read_plan
-from tasks.recipe import ParameterError
+from data.files import write_json
+from data.manifest import verify
+from data.schema import read_metadata
+from data.shards import read_shard
+from scoring.labels.expressions import parse
+from tasks.record.plan import read_plan
+from tasks.record.recipe import ParameterError
+from tasks.record.settings import Pairing
+from tasks.record.workspace import Cycle, Experiment
 from tasks.relabel import LabelAgreement, comparisons, link_candidates, relabel, relabelled
-from tasks.report import write_report
+from tasks.report.page import write_report
 from tasks.score import read_scores
-from tasks.settings import Execution, Pairing
-from tasks.workspace import Cycle, Experiment
-from tests.tasks.test_report import finished_cycle
-from training.pairs import read_metadata
-from training.shards import read_shard, verify, write_json
+from tests.tasks.report.test_report import finished_cycle
+from training.settings import Execution
 
 
 @pytest.fixture

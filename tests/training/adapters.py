@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from tests.tiny import clip_tokenizer, save_pipeline
-from training.models import ADAPTER_FILE, quiet_libraries
+from training.model.loading import quiet_libraries
+from training.model.reference import ADAPTER_FILE
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 RESNET = ["conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv", "conv_in", "conv_out", "linear_1", "linear_2"]

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.run import Run
+from training.loop.run import Run
 
 FETCHES = {"item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__"}
 """Methods of a tensor that need its values in Python: on a GPU they wait for all that was queued before."""

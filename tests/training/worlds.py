@@ -8,12 +8,15 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from data.columns import latent_column
+from data.ids import image_uid, pair_id
+from data.manifest import write_manifest
+from data.schema import IMAGE, pair_schema
+from data.shards import write_shard
 from tests.tiny import save_pipeline
-from training.models import ModelRef
-from training.pairs import IMAGE, image_uid, latent_column, pair_id, pair_schema
+from training.adapter.lora import Lora
+from training.model.reference import ModelRef
 from training.plan import TrainingPlan
-from training.policy import Lora
-from training.shards import write_manifest, write_shard
 
 LATENT, EMBEDDING = (4, 8, 8), (77, 16)
 

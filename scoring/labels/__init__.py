@@ -1,0 +1,1 @@
+"""From scores to labels: expressions of scorers, pairing rules, soft labels."""

@@ -1,0 +1,1 @@
+"""Scorers: what they are, how they are found, and the built-in ones."""

@@ -1,0 +1,1 @@
+"""Commands around scorers: accuracy, benchmark, contract, conversion."""

@@ -1,0 +1,311 @@
+"""How often scorers agree with labels, and which preference scale fits them: `python -m scoring.accuracy SET`.
+
+For example `python -m scoring.accuracy pickapic/test_unique.parquet --scorer pickscore --scorer hpsv2:v2.1`, or
+`python -m scoring.accuracy HPD/test.json --scorer aesthetic --json accuracy.json`. docs/scorers.md explains the
+figures. torch is loaded by scorers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.labelled import LabelledPair, read_labelled
+from data.pictures import open_image
+from scoring.labels.combine import order
+from scoring.labels.expressions import Expression, Leaf, leaves, parse
+from scoring.labels.soft_labels import fit_scale, log_loss, preference_probability
+from scoring.scorers.registry import ScorerSource, known_scorers, load_scorer, parse_spec
+from scoring.scorers.scorer import Scorer, ScorerInfo, ScoringError, info_of, score_images
+from scoring.verdict.pair_statistics import (
+    clustered_interval,
+    hpdv2_accuracy,
+    imagereward_accuracy,
+    match,
+    pickscore_accuracy,
+)
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Labelled pairs with the scores of both sides."""
+
+    prompt_ids: list[str]
+    labels: np.ndarray
+    """label_0, shape (n,)."""
+    scores: np.ndarray
+    """float64, shape (n, scorers, 2), in units of each scorer."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What one scorer is worth on one labelled set."""
+
+    scorer: str
+    """The scorer as it was asked for."""
+    name: str
+    version: str
+    unit: str
+    fingerprint: str
+    weights: str
+    accuracy: float
+    """Share of decided pairs in the right order, an exact tie of the scorer counting half; NaN without such pairs."""
+    low: float
+    """Lower end of its 95 % interval, which allows for pairs that share a prompt (`clustered_interval`)."""
+    high: float
+    """Upper end of the interval."""
+    pickscore_accuracy: float
+    """PickScore's convention over all pairs, ties included, at `tie_threshold`."""
+    tie_threshold: float
+    """Largest |p1 - p0| that is predicted as a tie."""
+    hpdv2_accuracy: float
+    """1 - inversions / pairs, averaged over prompts."""
+    imagereward_accuracy: float
+    """Share of decided pairs in the right order, an exact tie of the scorer counting as wrong."""
+    preference_scale: float | None
+    """The one in the scorer's info; `pickscore_accuracy` falls back to the fitted one."""
+    fitted_scale: float
+    """The most likely scale on these pairs."""
+    log_loss: float | None
+    """Nats a pair at `preference_scale`; log 2 = 0.693 is what knowing nothing costs."""
+    fitted_log_loss: float
+    """Nats a pair at `fitted_scale`, on the pairs it was fitted to."""
+
+
+def score_pairs(pairs: Iterable[LabelledPair], scorers: Sequence[Scorer], batch_size: int = 64) -> ScoredPairs:
+    """Scores both sides of all pairs; an image is decoded and scored once a prompt, however many pairs it is in.
+
+    `batch_size`: pairs that are looked at together, >= 1, so that at most twice as many images are in memory. Kept for
+    the whole run are the scores of each image, about 200 bytes.
+    Raises ValueError, naming the pair, for an image that cannot be read, and for no pair at all; ScoringError when a
+    scorer fails.
+    """
+    known: dict[tuple[str, str], np.ndarray] = {}
+    prompt_ids, labels, scores = [], [], []
+    for batch in _batches(pairs, batch_size):
+        sides = [[_key(pair.prompt, image) for image in (pair.image_0, pair.image_1)] for pair in batch]
+        known |= _scored(batch, sides, known, scorers)
+        prompt_ids += [pair.prompt_id for pair in batch]
+        labels += [pair.label_0 for pair in batch]
+        scores += [np.stack([known[key] for key in keys], axis=1) for keys in sides]
+    if not labels:
+        raise ValueError("the set holds no labelled pair")
+    return ScoredPairs(prompt_ids, np.array(labels), np.stack(scores))
+
+
+def _scored(
+    batch: Sequence[LabelledPair],
+    sides: Sequence[Sequence[tuple[str, str]]],
+    known: Mapping[tuple[str, str], np.ndarray],
+    scorers: Sequence[Scorer],
+) -> dict[tuple[str, str], np.ndarray]:
+    """Scores (scorers,) of the images of a batch that are not known yet."""
+    new = {
+        key: (pair, image)
+        for pair, keys in zip(batch, sides, strict=True)
+        for key, image in zip(keys, (pair.image_0, pair.image_1), strict=True)
+        if key not in known
+    }
+    images = [_opened(pair, image) for pair, image in new.values()]
+    prompts = [pair.prompt for pair, _ in new.values()]
+    columns = [score_images(scorer, images, prompts).astype(np.float64) for scorer in scorers]
+    return dict(zip(new, np.stack(columns, axis=1), strict=True))
+
+
+def _batches(pairs: Iterable[LabelledPair], size: int) -> Iterator[list[LabelledPair]]:
+    stream = iter(pairs)
+    while batch := list(itertools.islice(stream, size)):
+        yield batch
+
+
+def _key(prompt: str, image: bytes | Path) -> tuple[str, str]:
+    return prompt, hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
+
+
+def _opened(pair: LabelledPair, image: bytes | Path) -> np.ndarray:
+    try:
+        return open_image(image)
+    except ValueError as error:
+        raise ValueError(f"pair {pair.id}: {error}") from error
+
+
+def judgement(
+    expression: Expression, specs: Sequence[str], infos: Mapping[str, ScorerInfo], scores: np.ndarray
+) -> tuple[ScorerInfo, np.ndarray]:
+    """What an expression makes of pairs: info and scores (n, 2) of its two sides.
+
+    `scores`: (n, specs, 2). Of a combination only the difference means something (`combine`): side 0 gets the margin
+    by which it is preferred, side 1 gets 0.
+    """
+    if isinstance(expression, Leaf):
+        return infos[str(expression)], scores[:, specs.index(str(expression))]
+    found = order(expression, {spec: scores[:, specs.index(spec)] for spec in leaves(expression)}, infos)
+    margins = np.array([found.margins(pair)[0, 1] for pair in range(found.prompts())])
+    together = "+".join(sorted({infos[spec].fingerprint for spec in leaves(expression)}))
+    info = ScorerInfo(str(expression), "1", found.unit, fingerprint=together)
+    return info, np.stack([margins, np.zeros_like(margins)], axis=1)
+
+
+def measure(
+    spec: str,
+    info: ScorerInfo,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    prompt_ids: Sequence[str],
+    tie_threshold: float = 0.0,
+) -> Accuracy:
+    """All figures of one scorer. `scores`: (n, 2), sides 0 and 1, in its unit; `labels`: (n,), label_0 of each pair.
+
+    A scorer whose lower score is better is turned round for accuracies; its scales are negative, as the definition of
+    `ScorerInfo.preference_scale` has it.
+    """
+    difference = scores[:, 0] - scores[:, 1]
+    order = difference if info.higher_is_better else -difference
+    decided = labels != 0.5
+    right = match(order, labels - 0.5)[decided]
+    groups = [prompt for prompt, counts in zip(prompt_ids, decided, strict=True) if counts]
+    accuracy, low, high = clustered_interval(right, groups)
+    own, fitted = info.preference_scale, fit_scale(difference, labels)
+    probability = preference_probability(difference, fitted if own is None else own)
+    return Accuracy(
+        spec, info.name, info.version, info.unit, info.fingerprint, info.weights, accuracy, low, high,
+        pickscore_accuracy(probability, labels, tie_threshold), tie_threshold,
+        hpdv2_accuracy(order, labels, prompt_ids), imagereward_accuracy(order, labels), own, fitted,
+        None if own is None else log_loss(difference, labels, own), log_loss(difference, labels, fitted),
+    )  # fmt: skip
+
+
+def agreements(specs: Sequence[str], infos: Sequence[ScorerInfo], scores: np.ndarray) -> dict[str, float]:
+    """For each two scorers the share of pairs that they order alike, one tie counting half (`match`).
+
+    `scores`: (n, scorers, 2). Keys are "a / b".
+    """
+    signs = np.array([1 if info.higher_is_better else -1 for info in infos])
+    orders = (scores[:, :, 0] - scores[:, :, 1]) * signs
+    columns = itertools.combinations(range(len(specs)), 2)
+    return {f"{specs[i]} / {specs[j]}": float(match(orders[:, i], orders[:, j]).mean()) for i, j in columns}
+
+
+def preset_lines(spec: str, scale: float) -> str:
+    """What to put into a preset, or after the spec where one name stands for several scorers."""
+    if "(" in spec:
+        return f"{spec}: a combination has no scale of its own in a preset; on these pairs it would be {scale:.6g}"
+    parsed = parse_spec(spec)
+    if str(parsed) == parsed.name:
+        return f"[scorers.{parsed.name}]\npreference_scale = {scale:.6g}"
+    return f"{spec}{'&' if parsed.options else '?'}preference_scale={scale:.6g}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns 0, or 2 with the reason on standard error when it cannot go on."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        if options.json:
+            options.json.touch()  # a path that cannot be written is found out before hours of scoring
+        report = _report(options)
+        if options.json:
+            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    except (OSError, ValueError, ScoringError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(options: argparse.Namespace) -> dict[str, object]:
+    """Measures, prints, and returns what is printed in numbers."""
+    from tqdm import tqdm
+
+    sources = dict(_source(text) for text in options.source)
+    labelled = read_labelled(options.set, options.images, options.split)
+    expressions = [parse(text, known_scorers(sources)) for text in options.scorer]
+    specs = list(dict.fromkeys(leaf for expression in expressions for leaf in leaves(expression)))
+    scorers = [load_scorer(spec, sources, options.device) for spec in specs]
+    for spec, scorer in zip(specs, scorers, strict=True):
+        if getattr(scorer, "compares", False):
+            raise ValueError(f"scorer {spec!r} compares two images and gives no score; leave out its mode")
+    stream = tqdm(itertools.islice(labelled, options.limit), total=options.limit, unit=" pairs", disable=None)
+    scored = score_pairs(stream, scorers, options.batch_size)
+    infos = {spec: info_of(scorer) for spec, scorer in zip(specs, scorers, strict=True)}
+    judged = [judgement(expression, specs, infos, scored.scores) for expression in expressions]
+    results = [
+        measure(str(expression), info, scores, scored.labels, scored.prompt_ids, options.tie_threshold)
+        for expression, (info, scores) in zip(expressions, judged, strict=True)
+    ]
+    for scorer in scorers:
+        scorer.close()
+    report: dict[str, object] = {
+        "set": labelled.name,
+        "pairs": len(scored.labels),
+        "decided": int((scored.labels != 0.5).sum()),
+        "prompts": len(set(scored.prompt_ids)),
+        "unlabelled": labelled.unlabelled,
+        "scorers": [_numbers(result) for result in results],
+        "agreement": agreements(
+            options.scorer, [info for info, _ in judged], np.stack([scores for _, scores in judged], axis=1)
+        ),
+    }
+    _print(report, results)
+    return report
+
+
+def _numbers(result: Accuracy) -> dict[str, object]:
+    """The figures as JSON knows them, which has no NaN."""
+    return {name: None if value != value else value for name, value in asdict(result).items()}
+
+
+def _print(report: Mapping[str, object], results: Sequence[Accuracy]) -> None:
+    facts = "{pairs} pairs of {prompts} prompts, {decided} decided; {unlabelled} rows without a label passed over"
+    print(f"{report['set']}: {facts.format(**report)}")
+    for result in results:
+        interval = f"{result.accuracy:.4f} [{result.low:.4f}, {result.high:.4f}]"
+        print(f"\n{result.scorer}  ({result.version}, {result.unit}, fingerprint {result.fingerprint})")
+        print(f"  pairwise accuracy, 95 % interval over prompts   {interval}")
+        rule = f"|p1 - p0| <= {result.tie_threshold:g} a tie"
+        print(f"  PickScore's convention, {rule:<24}{result.pickscore_accuracy:.4f}")
+        print(f"  HPDv2's convention, 1 - inversions / pairs      {result.hpdv2_accuracy:.4f}")
+        print(f"  ImageReward's convention, ties wrong            {result.imagereward_accuracy:.4f}")
+        scale = "no scale known"
+        if result.log_loss is not None:
+            scale = f"{result.log_loss:.4f} at scale {result.preference_scale:g}"
+        print(f"  log loss a pair: chance {np.log(2):.4f}, {scale}, fitted {result.fitted_log_loss:.4f}")
+        print(preset_lines(result.scorer, result.fitted_scale))
+    agreement = report["agreement"]
+    assert isinstance(agreement, dict)
+    for pair, share in agreement.items():
+        print(f"\nordered alike by {pair}: {share:.4f}")
+
+
+def _source(text: str) -> tuple[str, ScorerSource]:
+    name, equals, folder = text.partition("=")
+    if not equals or not name or not folder:
+        raise ValueError(f"--source {text!r} is not of the form name=FOLDER")
+    return name, ScorerSource(folder)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m scoring.accuracy", description=__doc__.splitlines()[0])
+    parser.add_argument("set", metavar="SET", help="labelled set: file, folder or data-set id")
+    parser.add_argument("--scorer", action="append", required=True, help="as in a preset; may be given several times")
+    parser.add_argument("--images", type=Path, help="folder that the image names of a .json are relative to")
+    parser.add_argument("--split", default="test", help="split of a data set on the hub (%(default)s)")
+    parser.add_argument("--limit", type=int, help="only so many pairs, from the start")
+    parser.add_argument("--tie-threshold", type=float, default=0.0, help="|p1 - p0| that is a tie (%(default)s)")
+    parser.add_argument("--source", action="append", default=[], metavar="NAME=FOLDER", help="weights of a scorer")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="pairs looked at together (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="file for all figures")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,150 @@
+"""Makes a safetensors file of a torch checkpoint: python -m scoring.convert IN.pt OUT.safetensors
+
+A torch checkpoint is a pickle, which only has to be trusted to hold tensors; a safetensors file cannot hold
+anything else, loads without a copy, and says in its header which file it came from. The scorers take the result
+in place of the checkpoint, under the same name with the suffix .safetensors. Importing this module does not load
+torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scoring.scorers.checkpoints import load_weights
+from scoring.scorers.scorer import ScoringError
+
+if TYPE_CHECKING:
+    import torch
+
+DESCRIPTION = "Writes the tensors of a torch checkpoint as a safetensors file, and prints the sha256 of both."
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What came out of a conversion; digests are sha256 in hex over whole files."""
+
+    tensors: int
+    source_digest: str
+    target_digest: str
+
+
+def convert(
+    source: Path, target: Path, repository: str | None = None, revision: str | None = None, force: bool = False
+) -> Conversion:
+    """Writes the tensors of a checkpoint, bit by bit, as a safetensors file.
+
+    `source`: .pt, .pth, .bin or .ckpt, also one nested under "state_dict"; of such a one only that part is kept.
+    `repository`, `revision`: where the checkpoint was published, its commit in 40 hex digits. They go into the
+    metadata with the name and the sha256 of the source; that of the target cannot be in the target itself.
+    `force`: whether a target that exists is replaced. The target appears whole or not at all.
+    Raises ScoringError for a source that is damaged or holds more than tensors (nothing in it is run), ValueError
+    for a wrong argument, FileExistsError, and FileNotFoundError.
+    """
+    _check(source, target, revision, force)
+    digest = _sha256(source)
+    weights = _separated(load_weights(source))
+    facts = {"source_file": source.name, "source_sha256": digest, "repository": repository, "revision": revision}
+    _write(weights, target, {"format": "pt", **{name: value for name, value in facts.items() if value}})
+    return Conversion(len(weights), digest, _sha256(target))
+
+
+def _check(source: Path, target: Path, revision: str | None, force: bool) -> None:
+    if not source.is_file():
+        raise FileNotFoundError(f"no file {source}")
+    if source.suffix == ".safetensors" or target.suffix != ".safetensors":
+        raise ValueError(f"need a torch checkpoint and a name that ends in .safetensors, got {source} and {target}")
+    if revision is not None and not COMMIT.fullmatch(revision):
+        raise ValueError(f"revision must be a commit of 40 hex digits, got {revision!r}")
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} exists; --force replaces it")
+
+
+def _separated(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, none of which shares memory with another: safetensors refuses to write such."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in weights.items():
+        memory = tensor.untyped_storage()
+        whole = tensor.is_contiguous() and memory.nbytes() == tensor.nbytes and memory.data_ptr() not in seen
+        result[name] = tensor if whole else tensor.clone(memory_format=_contiguous())
+        seen.add(memory.data_ptr())
+    return result
+
+
+def _contiguous() -> torch.memory_format:
+    import torch
+
+    return torch.contiguous_format
+
+
+def _write(weights: Mapping[str, torch.Tensor], target: Path, metadata: dict[str, str]) -> None:
+    """Beside the target first, then renamed, so that a crash leaves no half of a file under the target's name."""
+    from safetensors.torch import save_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        save_file(dict(weights), part, metadata=metadata)
+        _sort_metadata(part)
+        _flush(part)
+        part.replace(target)
+        _flush(target.parent)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in random order; equal conversions have to be equal files, with equal digests."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 0, or 1 after a message on stderr."""
+    parser = argparse.ArgumentParser(prog="python -m scoring.convert", description=DESCRIPTION)
+    parser.add_argument("source", type=Path, metavar="IN.pt")
+    parser.add_argument("target", type=Path, metavar="OUT.safetensors")
+    parser.add_argument("--repository", metavar="OWNER/NAME", help="where the checkpoint was published")
+    parser.add_argument("--revision", metavar="SHA", help="its commit there")
+    parser.add_argument("--force", action="store_true", help="replace a target that exists")
+    given = parser.parse_args(arguments)
+    try:
+        done = convert(**vars(given))
+    except (ScoringError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{done.source_digest}  {given.source}\n{done.target_digest}  {given.target}")
+    print(f"{done.tensors} tensors", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What an evaluation says: intervals, verdicts, the gate's decision."""

@@ -1,0 +1,220 @@
+"""Refuses, before anything is computed, a recipe that cannot work. Loads no weights, but looks at their files."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data.ids import scorer_slug
+from data.prompts import Prompts
+from scoring.labels.expressions import leaves, parse
+from scoring.scorers.registry import ScorerSource, check_scorer, known_scorers, load_scorer, parse_spec
+from scoring.scorers.scorer import ScorerInfo, ScoringError, identities, info_of
+from tasks.record.plan import Plan, source_plan
+from tasks.record.prompts import prompt_pools
+from tasks.record.recipe import ParameterError, Recipe, Weights
+from training.model.devices import resolve_device
+from training.model.families import family_for
+from training.model.loading import check_lora_targets
+from training.model.reference import ModelError, ModelRef
+
+
+def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
+    """Refuse, before anything is computed, what cannot work. Returns the (training, evaluation) prompt pools.
+
+    Loads no weights. Raises ParameterError (or a ValueError of the library concerned) that names the parameter.
+    """
+    _check_scorers(recipe)
+    pools = prompt_pools(recipe)
+    source_plan(recipe)
+    try:
+        family_for(ModelRef(recipe.base_model, recipe.revision))
+    except ModelError as error:
+        raise ParameterError(str(error)) from error
+    _check_scheduler(recipe)
+    check_device(recipe.execution.device)
+    check_training(recipe)
+    _check_soft_labels(recipe)
+    _check_disk(recipe, workspace, min(len(pools[0]), recipe.generation.prompts_per_cycle))
+    return pools
+
+
+def _check_scorers(recipe: Recipe) -> None:
+    named = {"scorer": [recipe.scorer], "judges": recipe.judges}
+    found = {text: check_expression(name, text, recipe.sources()) for name in named for text in named[name]}
+    every = list(dict.fromkeys(leaf for names in found.values() for leaf in names))
+    if len({scorer_slug(leaf) for leaf in every}) < len(every):
+        raise ParameterError(f"judges={recipe.judges}: two scorers give the same column; scorers: {every}")
+    known = {leaf: identities([_info(leaf, recipe)]) for leaf in every}
+    labelling = {identity for leaf in found[recipe.scorer] for identity in known[leaf]}
+    if not any(all(known[leaf].isdisjoint(labelling) for leaf in found[judge]) for judge in recipe.judges):
+        raise ParameterError(
+            f"judges={recipe.judges}: none is held out, since each has the weights of one that labels the training "
+            f"data (scorer={recipe.scorer!r}); name at least one other judge"
+        )
+
+
+def _info(name: str, recipe: Recipe) -> ScorerInfo:
+    """Who a scorer is: built, so that wrong arguments and damaged files are found now; weights are not loaded yet."""
+    try:
+        scorer = load_scorer(name, recipe.sources(), resolve_device(recipe.execution.device))
+    except (ValueError, TypeError, OSError, ScoringError) as error:
+        raise ParameterError(f"scorer or judge {name!r}: {error}") from error
+    info = info_of(scorer)
+    scorer.close()
+    return info
+
+
+def check_trusted(names: list[str], plan: Plan, preset: dict[str, Any]) -> None:
+    """Refuse code that only a cycle's plan names: it may have come with a folder from somewhere else."""
+    trusted = {name: Weights(**weights) for name, weights in preset.get("scorers", {}).items()}
+    for name in (parse_spec(text).name for text in names):
+        bound = plan.recipe.scorers.get(name, Weights())
+        if (bound.factory or bound.options.get("remote_code")) and bound != trusted.get(name):
+            raise ParameterError(
+                f"scorer={name!r}: the cycle's plan binds it to code ({bound.factory or 'remote_code'}); if that may "
+                "run, give as preset a recipe of yours that says the same"
+            )
+
+
+def check_expression(parameter: str, text: str, sources: dict[str, ScorerSource]) -> list[str]:
+    """The scorers of an expression, all of them found. Raises ParameterError that names the parameter."""
+    try:
+        names = leaves(parse(text, known_scorers(sources)))
+        for name in names:
+            check_scorer(name, sources)
+    except ValueError as error:
+        raise ParameterError(f"{parameter}={text!r}: {error}") from error
+    return names
+
+
+def _check_scheduler(recipe: Recipe) -> None:
+    from training.model.schedulers import flow_scheduler, scheduler_names, scheduler_options
+
+    names = scheduler_names()
+    if recipe.generation.scheduler not in names:
+        raise ParameterError(f"generation.scheduler={recipe.generation.scheduler!r}; there are {', '.join(names)}")
+    known = scheduler_options(recipe.generation.scheduler)
+    if unknown := sorted(set(recipe.generation.scheduler_options) - set(known)):
+        raise ParameterError(
+            f"generation.scheduler_options={unknown}: {recipe.generation.scheduler} knows only {', '.join(known)}"
+        )
+    family = family_for(ModelRef(recipe.base_model, recipe.revision))
+    if family.flow != flow_scheduler(recipe.generation.scheduler, recipe.generation.scheduler_options):
+        trained, fitting = ("diffusion", "DPMSolverMultistepScheduler")
+        if family.flow:
+            trained, fitting = ("flow matching", "FlowMatchEulerDiscreteScheduler")
+        raise ParameterError(
+            f"generation.scheduler={recipe.generation.scheduler!r} with scheduler_options="
+            f"{recipe.generation.scheduler_options}: base_model={recipe.base_model!r} was trained by {trained}; use a "
+            f"scheduler for it, such as {fitting}"
+        )
+    _check_scheduler_fits(recipe)
+
+
+def _check_scheduler_fits(recipe: Recipe) -> None:
+    """Schedulers of the right kind that the model's pipeline cannot use all the same."""
+    from training.model.schedulers import flow_schedulers, scheduler_fault
+    from training.model.stable_diffusion import EDM_SCHEDULERS
+
+    ref, generation = ModelRef(recipe.base_model, recipe.revision), recipe.generation
+    what = f"generation.scheduler={generation.scheduler!r} with scheduler_options={generation.scheduler_options}"
+    if generation.scheduler in EDM_SCHEDULERS:
+        raise ParameterError(
+            f"{what}: it draws from models in the formulation of EDM, which base_model={recipe.base_model!r} is not; "
+            "use another, such as DPMSolverMultistepScheduler"
+        )
+    if not family_for(ref).flow:
+        return
+    if fault := scheduler_fault(ref, generation.scheduler, generation.scheduler_options):
+        raise ParameterError(
+            f"{what} cannot draw from base_model={recipe.base_model!r} ({fault}); those that can: "
+            f"{', '.join(flow_schedulers(ref))}"
+        )
+
+
+def check_training(recipe: Recipe) -> None:
+    """What the trainer would refuse only after everything has been generated."""
+    from training.adapter.shape import check_text_encoders
+
+    training, device = recipe.training, resolve_device(recipe.execution.device)
+    if training.mixed_precision == "fp16" and not device.startswith("cuda"):
+        raise ParameterError(f"training.mixed_precision='fp16' needs a CUDA device, not {device!r}; use bf16 or no")
+    _check_loss(recipe)
+    _check_execution(recipe, device)
+    try:
+        ref = ModelRef(recipe.base_model, recipe.revision)
+        family_for(ref).check(ref)
+        check_text_encoders(training.method, training.text_encoders, ref)
+        if training.method == "lora":
+            check_lora_targets(recipe.base_model, recipe.revision, training.lora_targets)
+    except ModelError as error:
+        raise ParameterError(str(error)) from error
+
+
+def _check_execution(recipe: Recipe, device: str) -> None:
+    """What is not installed, or does not divide among the processes."""
+    from training.loop.launch import process_count
+    from training.loop.optimizers import check_optimizer
+    from training.loop.sharding import check_sharding
+    from training.loop.trackers import check_trackers
+
+    training, execution = recipe.training, recipe.execution
+    try:
+        check_optimizer(training.optimizer, device)
+        check_trackers(execution.trackers)
+        if execution.shard:
+            offload, encoders = execution.offload_reference, training.text_encoders
+            check_sharding(training.optimizer, offload, encoders, execution.compile)
+        process_count(execution.processes, execution.device, training.batch_size)
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
+
+
+def _check_loss(recipe: Recipe) -> None:
+    """Options that the loss would ignore or that contradict one another."""
+    from training.loss.table import LossOptions, check_options  # torch is not needed to import this module
+
+    training = recipe.training
+    try:
+        check_options(training.loss, LossOptions.of(training))
+    except ValueError as error:
+        raise ParameterError(str(error)) from error
+
+
+def _check_soft_labels(recipe: Recipe) -> None:
+    """Soft labels that no scorer can give."""
+    if not recipe.training.soft_labels:
+        return
+    named = leaves(parse(recipe.scorer, known_scorers(recipe.sources())))
+    if unknown := [name for name in named if _info(name, recipe).preference_scale is None]:
+        raise ParameterError(
+            f"training.soft_labels=true: the preference_scale of {', '.join(unknown)} (scorer={recipe.scorer!r}) is "
+            "not known, so the pairs would have no soft labels; fit one with `python -m scoring.accuracy`, or use false"
+        )
+
+
+def check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device if device != "auto" else "cpu")
+    except (RuntimeError, AssertionError) as error:
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        raise ParameterError(f"execution.device={device!r} is not there; this machine has {['cpu', *found]}") from error
+
+
+def _check_disk(recipe: Recipe, workspace: Path, prompts: int) -> None:
+    from training.model.fitting import picture_size
+
+    generation = recipe.generation
+    own = picture_size(ModelRef(recipe.base_model, recipe.revision), 0, 0)
+    height, width = generation.height or own[0], generation.width or own[1]
+    images = prompts * generation.candidates + 3 * recipe.evaluation.max_prompts
+    needed = images * height * width * 3  # an incompressible picture; latents are smaller
+    existing = next(path for path in [workspace, *workspace.parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ParameterError(
+            f"workspace={str(workspace)!r}: a cycle needs up to {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are "
+            "free; free some or lower generation.prompts_per_cycle"
+        )

@@ -1,0 +1,1 @@
+"""LoRA and DoRA: their layers, files and shapes, of the network and of the text encoders."""

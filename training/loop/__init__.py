@@ -1,0 +1,1 @@
+"""Preference training itself: pairs, policy and reference, optimizer, checkpoints, diagnostics, processes."""

@@ -1,0 +1,1 @@
+"""Preference losses: pure functions of errors, found by name."""
