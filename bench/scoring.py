@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from bench.original_hpsv2 import original, put_model
-from scoring import sources
+from scoring.scorers import sources
 from scoring.scorers.hpsv2 import HPSv2, preprocess
 
 PROMPTS = [

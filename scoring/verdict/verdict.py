@@ -12,22 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scoring.verdict.gates import GateDecision, gate
 from scoring.verdict.intervals import holm, mean_difference_interval, sign_test, wilson_interval, win_rate_interval
-
-__all__ = [
-    "GateDecision",
-    "Verdict",
-    "agreement",
-    "gate",
-    "holm",
-    "judge_pairs",
-    "mean_difference_interval",
-    "sign_test",
-    "wilson_interval",
-    "win_rate_interval",
-    "with_holm",
-]
 
 
 @dataclass(frozen=True)

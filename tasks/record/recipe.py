@@ -10,7 +10,7 @@ from scoring.scorers.registry import ScorerSource
 from tasks.record.settings import Evaluation, Gate, Generation, Pairing
 from training.settings import Execution, Section, Training
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 SECTIONS: dict[str, type[Section]] = {
     "generation": Generation,
     "pairing": Pairing,

@@ -33,7 +33,7 @@ from tasks.record.champion import read_champion
 from tasks.record.plan import Plan, read_plan
 from tasks.record.workspace import Cycle, Experiment, Part
 from tasks.relabel import comparisons
-from tasks.report.page.charts import (
+from tasks.report.charts import (
     Picture,
     Scale,
     markdown,

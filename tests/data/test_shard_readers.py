@@ -15,7 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.card import dataset_card
-from data.shards import ShardError
+from data.columns import latent_column, latents, trainable
+from data.export import PICKAPIC, export_pickapic
+from data.files import write_text
+from data.manifest import make_manifest, read_manifest, verify, write_manifest
+from data.schema import IMAGE, candidate_schema, read_metadata
+from data.shards import ShardError, ShardRows, open_shard, read_shard, write_shard
 from tests.data.test_shards import (
     METADATA,
     ROWS,
@@ -28,7 +33,6 @@ from tests.data.test_shards import (
     shard_rows,
     table,
 )
-from training import pairs, shards
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 FIRST = "00000-of-00003.arrow"
@@ -39,8 +43,8 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete preference folder with its card: three shards of 70 pairs."""
     folder = tmp_path_factory.mktemp("preferences")
     build(folder)
-    metadata = pairs.read_metadata(shards.open_shard(folder / FIRST).schema)
-    shards.write_text(folder / "README.md", dataset_card(shards.read_manifest(folder), metadata))
+    metadata = read_metadata(open_shard(folder / FIRST).schema)
+    write_text(folder / "README.md", dataset_card(read_manifest(folder), metadata))
     return folder
 
 
@@ -54,8 +58,8 @@ def test_pyarrow_reads_a_shard_without_this_project(sealed: Path) -> None:
 
 def test_a_column_that_is_read_is_not_copied(sealed: Path) -> None:
     before = pa.total_allocated_bytes()
-    found = shards.read_shard(sealed / FIRST, ["latent_0"])
-    view = shards.latents(found.column("latent_0").chunk(1))
+    found = read_shard(sealed / FIRST, ["latent_0"])
+    view = latents(found.column("latent_0").chunk(1))
     assert view[:, 0].tolist() == list(range(64, ROWS))
     assert pa.total_allocated_bytes() == before
 
@@ -88,7 +92,7 @@ def test_polars_reads_scores_and_latents(sealed: Path) -> None:
 
 def test_duckdb_queries_the_light_columns(sealed: Path) -> None:
     heavy = [field.name for field in SCHEMA if "halffloat" in str(field.type)]
-    light = shards.read_shard(sealed / FIRST).drop_columns(heavy)
+    light = read_shard(sealed / FIRST).drop_columns(heavy)
     connection = duckdb.connect()
     connection.register("light", light)
     won = connection.sql("SELECT count(*), min(score_clip_0 - score_clip_1) FROM light WHERE label_0 > label_1")
@@ -101,7 +105,7 @@ def test_duckdb_still_needs_the_light_columns(sealed: Path) -> None:
     """When this fails, the card's advice can go."""
     connection = duckdb.connect()
     with pytest.raises(duckdb.Error, match="Unsupported Internal Arrow Type"):
-        connection.register("whole", shards.read_shard(sealed / FIRST))
+        connection.register("whole", read_shard(sealed / FIRST))
         connection.sql("SELECT caption FROM whole").fetchall()
 
 
@@ -123,7 +127,7 @@ def test_the_code_on_the_card_runs(sealed: Path, tmp_path: Path, monkeypatch: py
 
 def test_the_card_tells_scorers_label_rule_and_every_column(sealed: Path) -> None:
     rule = {"label_rule": {"by": "clip", "margin": 0.1}, "base_model": {"id": "a|b", "revision": "r1"}}
-    card = dataset_card(shards.read_manifest(sealed), METADATA | rule)
+    card = dataset_card(read_manifest(sealed), METADATA | rule)
     assert "---\ntags: [" in card[:20] and 'data_files: "*.arrow"' in card.split("---")[1]
     assert "| clip | 1 | cosine | not recorded |" in card and "by clip, margin 0.1. Train on rows" in card
     assert "| base model | id a\\|b, revision r1 |" in card and "| code | not recorded |" in card
@@ -133,8 +137,8 @@ def test_the_card_tells_scorers_label_rule_and_every_column(sealed: Path) -> Non
 
 
 def test_the_card_names_the_files_of_several_splits(sealed: Path) -> None:
-    one, *others = shards.read_manifest(sealed).shards
-    manifest = shards.make_manifest({"validation": [one], "train": others}, "c", "now")
+    one, *others = read_manifest(sealed).shards
+    manifest = make_manifest({"validation": [one], "train": others}, "c", "now")
     header = dataset_card(manifest, {}).split("---")[1]
     assert f'  - split: validation\n    path:\n    - "{FIRST}"' in header and "*" not in header
 
@@ -156,12 +160,12 @@ def test_any_rows_in_any_slicing_come_back_bit_by_bit(
 ) -> None:
     """And the file does not depend on the slicing: equal rows are equal bytes."""
     drawn = list(itertools.islice(itertools.cycle(rows), count))
-    schema = pairs.candidate_schema(4, {}).append(pa.field("odd", pa.bool_()))
+    schema = candidate_schema(4, {}).append(pa.field("odd", pa.bool_()))
     halves = np.array([bits for *_, bits in drawn], np.uint16).reshape(count, 4).view(np.float16)
     columns = {name: pa.array([str(i) for i in range(count)]) for name in schema.names}
     columns |= {"caption": pa.array([caption for caption, *_ in drawn], pa.string())}
-    columns |= {"image": pa.array([{"bytes": data, "path": None} for _, data, _ in drawn], pairs.IMAGE)}
-    columns |= {"latent": pairs.latent_column(halves) if count else pa.array([], pa.list_(pa.float16(), 4))}
+    columns |= {"image": pa.array([{"bytes": data, "path": None} for _, data, _ in drawn], IMAGE)}
+    columns |= {"latent": latent_column(halves) if count else pa.array([], pa.list_(pa.float16(), 4))}
     columns |= {"seed": pa.array([None if i % 3 else i for i in range(count)], pa.int64())}
     columns |= {"odd": pa.array([i % 5 == 1 for i in range(count)])}
     columns |= {"candidate_index": pa.array(range(count), pa.int32())}
@@ -169,11 +173,11 @@ def test_any_rows_in_any_slicing_come_back_bit_by_bit(
     edges = [0, *sorted(min(cut, count) for cut in cuts), count]
     slices = [whole.slice(a, b - a).to_batches() for a, b in itertools.pairwise(edges)]
     with tempfile.TemporaryDirectory(dir=MEMORY) as name:
-        one = shards.write_shard(Path(name) / "one.arrow", whole, schema)
-        many = shards.write_shard(Path(name) / "many.arrow", itertools.chain(*slices), schema)
-        found = shards.read_shard(Path(name) / "many.arrow")
+        one = write_shard(Path(name) / "one.arrow", whole, schema)
+        many = write_shard(Path(name) / "many.arrow", itertools.chain(*slices), schema)
+        found = read_shard(Path(name) / "many.arrow")
         sizes = [batch.num_rows for batch in found.to_batches()]
-        assert shards.latents(found.column("latent")).tobytes() == halves.tobytes()
+        assert latents(found.column("latent")).tobytes() == halves.tobytes()
         assert found.drop_columns("latent").equals(whole.drop_columns("latent"))
     assert (one.sha256, one.rows, one.bytes) == (many.sha256, many.rows, many.bytes)
     assert sizes == [64] * (count // 64) + [count % 64] * (count % 64 > 0)
@@ -181,8 +185,8 @@ def test_any_rows_in_any_slicing_come_back_bit_by_bit(
 
 def test_random_access_agrees_with_the_table_and_pickles_as_a_path(tmp_path: Path) -> None:
     path = tmp_path / "00000-of-00001.arrow"
-    shards.write_shard(path, shard_rows(0), SCHEMA)
-    rows = shards.ShardRows(path)
+    write_shard(path, shard_rows(0), SCHEMA)
+    rows = ShardRows(path)
     clone = pickle.loads(pickle.dumps(rows))
     assert len(rows) == ROWS and len(pickle.dumps(rows)) < 300
     for index in (0, 63, 64, 69):
@@ -198,18 +202,18 @@ def test_random_access_agrees_with_the_table_and_pickles_as_a_path(tmp_path: Pat
 
 def test_unknown_columns_are_named(tmp_path: Path) -> None:
     path = seal(tmp_path, row(0))
-    assert shards.read_shard(path, ["margin", "caption"]).column_names == ["margin", "caption"]
+    assert read_shard(path, ["margin", "caption"]).column_names == ["margin", "caption"]
     with pytest.raises(ShardError, match="has no column score_hps_0; expected one of"):
-        shards.read_shard(path, ["score_hps_0"])
+        read_shard(path, ["score_hps_0"])
 
 
 def test_a_shard_without_rows_is_a_shard(tmp_path: Path) -> None:
     """When no pair of a shard's prompts reaches the margin."""
     path = tmp_path / "00000-of-00001.arrow"
-    record = shards.write_shard(path, shard_rows(0).slice(0, 0), SCHEMA)
-    shards.write_manifest(tmp_path, {"train": [record]}, "c", "now")
-    assert shards.verify(tmp_path, "deep").rows == 0 == len(shards.ShardRows(path))
-    assert shards.ShardRows(path).column_array("latent_0").shape == (0, 4)
+    record = write_shard(path, shard_rows(0).slice(0, 0), SCHEMA)
+    write_manifest(tmp_path, {"train": [record]}, "c", "now")
+    assert verify(tmp_path, "deep").rows == 0 == len(ShardRows(path))
+    assert ShardRows(path).column_array("latent_0").shape == (0, 4)
 
 
 def test_swapping_the_sides_complements_the_labels(tmp_path: Path) -> None:
@@ -217,21 +221,21 @@ def test_swapping_the_sides_complements_the_labels(tmp_path: Path) -> None:
     names = [name.translate(str.maketrans("01", "10")) for name in SCHEMA.names]
     swapped = original.rename_columns(names).select(SCHEMA.names)
     assert swapped.column("label_0").to_pylist() == [0.0, 1.0, 0.5, None]
-    assert pairs.trainable(swapped) == pairs.trainable(original)
-    record = shards.write_shard(tmp_path / "a.arrow", swapped, SCHEMA)
-    shards.write_manifest(tmp_path, {"train": [record]}, "c", "now")
-    shards.verify(tmp_path, "deep")
+    assert trainable(swapped) == trainable(original)
+    record = write_shard(tmp_path / "a.arrow", swapped, SCHEMA)
+    write_manifest(tmp_path, {"train": [record]}, "c", "now")
+    verify(tmp_path, "deep")
 
 
 def test_the_pickapic_export_holds_bytes_and_no_ties(tmp_path: Path) -> None:
     """A public script reads label 0.5 as a win of side 0, and opens `jpg_0` from raw bytes."""
     seal(tmp_path, row(0, 1.0), row(1, 0.5), row(2, 0.0), row(3, None))
-    found = pq.read_table(shards.export_pickapic(tmp_path, tmp_path / "out" / "pairs.parquet")).to_pylist()
+    found = pq.read_table(export_pickapic(tmp_path, tmp_path / "out" / "pairs.parquet")).to_pylist()
     assert [(r["caption"], r["label_0"], r["label_1"]) for r in found] == [
         ("prompt 0", 1, 0),
         ("prompt 2", 0, 1),
     ]
     assert found[1]["jpg_0"] == png(4) and found[1]["jpg_1"] == png(5)
-    assert set(found[0]) == set(pairs.PICKAPIC.names)
-    everything = pq.read_table(shards.export_pickapic(tmp_path, tmp_path / "all.parquet", keep_ties=True))
+    assert set(found[0]) == set(PICKAPIC.names)
+    everything = pq.read_table(export_pickapic(tmp_path, tmp_path / "all.parquet", keep_ties=True))
     assert everything.column("label_0").to_pylist() == [1.0, 0.5, 0.0, None]

@@ -20,11 +20,15 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data.shards import ShardError
-from training import pairs, shards
+from data.columns import latent_column
+from data.files import write_json
+from data.ids import image_uid, pair_id, prompt_id
+from data.manifest import MANIFEST, make_manifest, read_manifest, verify, write_manifest
+from data.schema import pair_schema, score_schema
+from data.shards import ShardError, ShardRecord, adopt_shard, read_shard, write_shard
 
 METADATA = {"config_hash": "c0ffee", "scorers": [{"name": "clip", "version": "1", "unit": "cosine"}]}
-SCHEMA = pairs.pair_schema(4, 2, ["clip"], METADATA)
+SCHEMA = pair_schema(4, 2, ["clip"], METADATA)
 SHARDS, ROWS = 3, 70
 
 
@@ -36,8 +40,8 @@ def png(index: int) -> bytes:
 
 
 def row(index: int, label: float | None = 1.0, **changes: Any) -> dict[str, Any]:
-    prompt, data = pairs.prompt_id(f"prompt {index}"), [png(2 * index), png(2 * index + 1)]
-    found: dict[str, Any] = {"pair_id": pairs.pair_id(prompt, 0, 1, "m", "m", "c"), "prompt_id": prompt}
+    prompt, data = prompt_id(f"prompt {index}"), [png(2 * index), png(2 * index + 1)]
+    found: dict[str, Any] = {"pair_id": pair_id(prompt, 0, 1, "m", "m", "c"), "prompt_id": prompt}
     found |= {"caption": f"prompt {index}", "prompt_embedding": [0.5, index], "config_hash": "c"}
     for side in (0, 1):
         found |= {
@@ -45,7 +49,7 @@ def row(index: int, label: float | None = 1.0, **changes: Any) -> dict[str, Any]
             f"seed_{side}": side,
             f"model_{side}": "m",
         }
-        found |= {f"image_{side}_uid": pairs.image_uid(data[side]), f"latent_{side}": [index, side, 0, -1]}
+        found |= {f"image_{side}_uid": image_uid(data[side]), f"latent_{side}": [index, side, 0, -1]}
         found |= {f"score_clip_{side}": 0.25 - side, f"label_{side}": label and abs(side - label)}
     found |= {
         "label_0": label,
@@ -61,9 +65,7 @@ def table(*rows: dict[str, Any]) -> pa.Table:
     columns = {name: [r[name] for r in rows] for name in SCHEMA.names}
     halves = {name for name in SCHEMA.names if pa.types.is_fixed_size_list(SCHEMA.field(name).type)}
     arrays = {name: np.array(columns[name], np.float16) for name in halves}
-    built = [
-        pairs.latent_column(arrays[f.name]) if f.name in halves else pa.array(columns[f.name], f.type) for f in SCHEMA
-    ]
+    built = [latent_column(arrays[f.name]) if f.name in halves else pa.array(columns[f.name], f.type) for f in SCHEMA]
     return pa.Table.from_arrays(built, schema=SCHEMA)
 
 
@@ -77,9 +79,9 @@ def build(folder: Path, step: Callable[[], None] = lambda: None) -> None:
     records = []
     for index in range(SHARDS):
         path = folder / f"{index:05d}-of-{SHARDS:05d}.arrow"
-        adopted = shards.adopt_shard(path, SCHEMA, ROWS)
-        records.append(adopted or shards.write_shard(path, paced(shard_rows(index), step), SCHEMA))
-    shards.write_manifest(folder, {"train": records}, "c0ffee", "2026-01-01T00:00:00Z")
+        adopted = adopt_shard(path, SCHEMA, ROWS)
+        records.append(adopted or write_shard(path, paced(shard_rows(index), step), SCHEMA))
+    write_manifest(folder, {"train": records}, "c0ffee", "2026-01-01T00:00:00Z")
 
 
 def paced(rows: pa.Table, step: Callable[[], None]) -> Iterator[pa.RecordBatch]:
@@ -90,8 +92,8 @@ def paced(rows: pa.Table, step: Callable[[], None]) -> Iterator[pa.RecordBatch]:
 
 def seal(folder: Path, *rows: dict[str, Any]) -> Path:
     """A complete data set of one shard."""
-    record = shards.write_shard(folder / "00000-of-00001.arrow", table(*rows), SCHEMA)
-    shards.write_manifest(folder, {"train": [record]}, "c0ffee", "2026-01-01T00:00:00Z")
+    record = write_shard(folder / "00000-of-00001.arrow", table(*rows), SCHEMA)
+    write_manifest(folder, {"train": [record]}, "c0ffee", "2026-01-01T00:00:00Z")
     return folder / "00000-of-00001.arrow"
 
 
@@ -119,14 +121,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def test_a_slice_carries_no_bits_of_its_neighbours(folder: Path) -> None:
     """Five rows of eight, and the same five alone: Arrow itself writes another last byte of `has_label`."""
     eight = table(*(row(i) for i in range(8)))
-    cut = shards.write_shard(folder / "cut.arrow", eight.slice(0, 5), SCHEMA)
-    alone = shards.write_shard(folder / "alone.arrow", table(*(row(i) for i in range(5))), SCHEMA)
+    cut = write_shard(folder / "cut.arrow", eight.slice(0, 5), SCHEMA)
+    alone = write_shard(folder / "alone.arrow", table(*(row(i) for i in range(5))), SCHEMA)
     assert cut.sha256 == alone.sha256
 
 
 def test_rows_of_another_schema_are_not_written(folder: Path) -> None:
     with pytest.raises(ShardError, match="not written: column margin is missing, expected float"):
-        shards.write_shard(folder / "a.arrow", table(row(0)).drop_columns("margin"), SCHEMA)
+        write_shard(folder / "a.arrow", table(row(0)).drop_columns("margin"), SCHEMA)
     assert contents(folder) == {}
 
 
@@ -184,8 +186,8 @@ def build_in_steps(folder: Path, last: int) -> int:
 def assert_visible_is_complete(folder: Path, reference: dict[str, bytes]) -> None:
     visible = {name: data for name, data in contents(folder).items() if not name.startswith(".")}
     assert visible.items() <= reference.items()
-    if shards.MANIFEST in visible:
-        shards.verify(folder, "deep")
+    if MANIFEST in visible:
+        verify(folder, "deep")
 
 
 def test_a_kill_at_any_step_leaves_whole_files_and_a_rerun_makes_the_same_bytes(
@@ -245,8 +247,8 @@ def test_a_failing_call_leaves_no_half_file(
         assert contents(place) == reference
 
 
-@pytest.mark.parametrize("write", [lambda path: shards.write_shard(path, shard_rows(0), SCHEMA),
-                                   lambda path: shards.write_json(path, {"rows": 70})])  # fmt: skip
+@pytest.mark.parametrize("write", [lambda path: write_shard(path, shard_rows(0), SCHEMA),
+                                   lambda path: write_json(path, {"rows": 70})])  # fmt: skip
 def test_data_reaches_the_disk_before_the_name_and_the_name_before_the_return(
     write: Callable[[Path], object], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,15 +278,15 @@ def test_stale_temporaries_of_the_same_shard_go_and_others_stay(folder: Path) ->
     for name in planted + others:
         (folder / name).write_bytes(b"half")
     seal(folder, row(0))
-    shards.verify(folder, "deep")
-    assert sorted(contents(folder)) == sorted([*others, "00000-of-00001.arrow", shards.MANIFEST])
+    verify(folder, "deep")
+    assert sorted(contents(folder)) == sorted([*others, "00000-of-00001.arrow", MANIFEST])
 
 
 def test_json_is_sorted_and_refuses_nan(folder: Path) -> None:
-    shards.write_json(folder / "a.json", {"b": 1, "a": [None]})
+    write_json(folder / "a.json", {"b": 1, "a": [None]})
     assert (folder / "a.json").read_text() == '{\n  "a": [\n    null\n  ],\n  "b": 1\n}\n'
     with pytest.raises(ValueError, match=r"a\.json: not written: .*write null"):
-        shards.write_json(folder / "a.json", float("nan"))
+        write_json(folder / "a.json", float("nan"))
     assert json.loads((folder / "a.json").read_text())["b"] == 1
 
 
@@ -293,13 +295,13 @@ def test_json_is_sorted_and_refuses_nan(folder: Path) -> None:
 
 def test_every_truncation_is_an_error(folder: Path) -> None:
     path = folder / "a.arrow"
-    schema = pairs.score_schema({})
+    schema = score_schema({})
     scores = pa.table({"candidate_id": ["a", "b"], "score": pa.array([1, 2], pa.float32())}, schema=schema)
-    whole = shards.write_shard(path, scores, schema)
+    whole = write_shard(path, scores, schema)
     for length in reversed(range(whole.bytes)):
         os.truncate(path, length)
         with pytest.raises(ShardError, match=r"a\.arrow: found .*; expected a complete shard\. Delete"):
-            shards.adopt_shard(path, schema, 2)
+            adopt_shard(path, schema, 2)
 
 
 def flip(path: Path, position: int) -> None:
@@ -312,84 +314,84 @@ def test_a_flipped_bit_is_caught_by_the_checksum_but_not_by_opening(folder: Path
     """Arrow has no checksum: without ours, a caption would silently become another."""
     path = seal(folder, row(0), row(1))
     flip(path, path.read_bytes().index(b"prompt 0"))
-    shards.verify(folder, "open")
-    assert shards.read_shard(path).column("caption").to_pylist() == ["qrompt 0", "prompt 1"]
+    verify(folder, "open")
+    assert read_shard(path).column("caption").to_pylist() == ["qrompt 0", "prompt 1"]
     with pytest.raises(ShardError, match=r"found sha256 .*, expected .*The file changed after it was sealed"):
-        shards.verify(folder)
+        verify(folder)
 
 
 def test_a_bit_flipped_anywhere_is_caught_and_never_more_than_a_shard_error(folder: Path) -> None:
     """Every byte of a small file, so also those of the footer, the schema and its JSON."""
-    schema = pairs.score_schema({"scorer": "clip"})
+    schema = score_schema({"scorer": "clip"})
     scores = pa.table({"candidate_id": ["a"], "score": pa.array([1], pa.float32())}, schema=schema)
     path = folder / "0.arrow"
-    record = shards.write_shard(path, scores, schema)
-    shards.write_manifest(folder, {"train": [record]}, "c", "now")
+    record = write_shard(path, scores, schema)
+    write_manifest(folder, {"train": [record]}, "c", "now")
     for position in range(record.bytes):
         flip(path, position)
         with pytest.raises(ShardError, match="found sha256"):
-            shards.verify(folder)
+            verify(folder)
         with contextlib.suppress(ShardError):
-            shards.verify(folder, "open")
-            shards.adopt_shard(path, schema, 1)
+            verify(folder, "open")
+            adopt_shard(path, schema, 1)
         flip(path, position)
-    shards.verify(folder, "deep")
+    verify(folder, "deep")
 
 
 def test_levels_and_a_missing_manifest(folder: Path) -> None:
     with pytest.raises(ShardError, match=r"no manifest\.json; the data set is unfinished\. Rerun the flow"):
-        shards.verify(folder)
+        verify(folder)
     seal(folder, row(0))
     with pytest.raises(ValueError, match="level is 'full', expected one of"):
-        shards.verify(folder, "full")  # type: ignore[arg-type]
-    (folder / shards.MANIFEST).write_text("{}")
+        verify(folder, "full")  # type: ignore[arg-type]
+    (folder / MANIFEST).write_text("{}")
     with pytest.raises(ShardError, match=r"found KeyError.*expected a rlaif-shards manifest"):
-        shards.verify(folder)
+        verify(folder)
 
 
 def test_missing_stray_and_shorter_shards_are_named(folder: Path) -> None:
     build(folder)
     (folder / "00003-of-00003.arrow").write_bytes(b"")
     with pytest.raises(ShardError, match=r"00003-of-00003.arrow: found a shard that manifest.json does not name"):
-        shards.verify(folder, "open")
+        verify(folder, "open")
     (folder / "00003-of-00003.arrow").rename(folder / ".aside")
     os.truncate(folder / "00001-of-00003.arrow", 100)
     with pytest.raises(ShardError, match=r"00001-of-00003.arrow: found 100 bytes, expected \d{5} bytes"):
-        shards.verify(folder, "open")
+        verify(folder, "open")
     (folder / "00001-of-00003.arrow").unlink()
     with pytest.raises(ShardError, match=r"00001-of-00003.arrow: found nothing, expected \d{5} bytes"):
-        shards.verify(folder, "open")
+        verify(folder, "open")
 
 
 def test_one_data_set_has_one_schema(folder: Path) -> None:
-    other = pairs.pair_schema(4, 2, ["clip"], METADATA | {"config_hash": "other"})
-    records = [shards.write_shard(folder / "0.arrow", table(row(0)), SCHEMA)]
-    records.append(shards.write_shard(folder / "1.arrow", table(row(1)).cast(other), other))
-    shards.write_manifest(folder, {"train": records}, "c", "now")
+    other = pair_schema(4, 2, ["clip"], METADATA | {"config_hash": "other"})
+    records = [write_shard(folder / "0.arrow", table(row(0)), SCHEMA)]
+    records.append(write_shard(folder / "1.arrow", table(row(1)).cast(other), other))
+    write_manifest(folder, {"train": records}, "c", "now")
     with pytest.raises(ShardError, match=r'1.arrow: metadata config_hash is "other", expected "c0ffee"'):
-        shards.verify(folder, "open")
+        verify(folder, "open")
 
 
 def test_a_shard_of_another_plan_is_not_adopted(folder: Path) -> None:
     path = seal(folder, row(0))
-    assert shards.adopt_shard(folder / "absent.arrow", SCHEMA) is None
-    assert shards.adopt_shard(path, SCHEMA, 1) == shards.adopt_shard(path, None)
-    other = pairs.pair_schema(4, 2, ["clip"], METADATA | {"config_hash": "other"})
+    assert adopt_shard(folder / "absent.arrow", SCHEMA) is None
+    assert adopt_shard(path, SCHEMA, 1) == adopt_shard(path, None)
+    other = pair_schema(4, 2, ["clip"], METADATA | {"config_hash": "other"})
     with pytest.raises(ShardError, match=r'config_hash is "c0ffee", expected "other". Another plan wrote it: delete'):
-        shards.adopt_shard(path, other)
+        adopt_shard(path, other)
     with pytest.raises(ShardError, match="found 1 rows, expected 2"):
-        shards.adopt_shard(path, SCHEMA, 2)
+        adopt_shard(path, SCHEMA, 2)
 
 
 def test_an_unknown_major_version_is_refused_with_both_numbers(folder: Path) -> None:
     path = folder / "a.arrow"
     future = SCHEMA.with_metadata({"rlaif": '{"schema_version": "2.0"}'})
-    shards.write_shard(path, table(row(0)).cast(future), future)
+    write_shard(path, table(row(0)).cast(future), future)
     with pytest.raises(ShardError, match=r"a\.arrow: schema version 2\.0, this code reads 1\.x"):
-        shards.read_shard(path)
-    (folder / shards.MANIFEST).write_text('{"schema_version": "3.1"}')
+        read_shard(path)
+    (folder / MANIFEST).write_text('{"schema_version": "3.1"}')
     with pytest.raises(ShardError, match=r"manifest\.json: schema version 3\.1, this code reads 1\.x"):
-        shards.read_manifest(folder)
+        read_manifest(folder)
 
 
 # Rows
@@ -399,7 +401,7 @@ def test_an_unknown_major_version_is_refused_with_both_numbers(folder: Path) -> 
     ("changes", "message"),
     [
         ({"image_1": {"bytes": png(9), "path": None}}, "image_1 hashes to .*, image_1_uid says"),
-        ({"image_0": {"bytes": b"?", "path": None}, "image_0_uid": pairs.image_uid(b"?")}, "does not decode"),
+        ({"image_0": {"bytes": b"?", "path": None}, "image_0_uid": image_uid(b"?")}, "does not decode"),
         ({"image_0": None}, "image_0 is null"),
         ({"caption": None}, "caption is null"),
         ({"score_clip_0": float("nan")}, "score_clip_0 is not finite"),
@@ -417,22 +419,22 @@ def test_an_unknown_major_version_is_refused_with_both_numbers(folder: Path) -> 
 )
 def test_a_deep_check_names_the_unfit_row(changes: dict[str, Any], message: str, folder: Path) -> None:
     path = seal(folder, row(0), row(1, **changes), row(2, label=None, score_clip_0=None))
-    shards.verify(folder, "checksum")
+    verify(folder, "checksum")
     with pytest.raises(ShardError, match=f"{path.name}: row 1: .*{message}"):
-        shards.verify(folder, "deep")
+        verify(folder, "deep")
 
 
 def test_shards_of_schema_1_0_pass_the_deep_check(folder: Path) -> None:
     """They have no soft labels."""
     old = table(row(0)).drop_columns(["soft_label_0", "soft_label_1"])
-    record = shards.write_shard(folder / "a.arrow", old, old.schema)
-    shards.write_manifest(folder, {"train": [record]}, "c", "now")
-    shards.verify(folder, "deep")
+    record = write_shard(folder / "a.arrow", old, old.schema)
+    write_manifest(folder, {"train": [record]}, "c", "now")
+    verify(folder, "deep")
 
 
 def test_sound_rows_of_each_label_pass_the_deep_check(folder: Path) -> None:
     seal(folder, row(0, 1.0), row(1, 0.0), row(2, 0.5), row(3, None, margin=None, score_clip_1=None))
-    assert shards.verify(folder, "deep").rows == 4
+    assert verify(folder, "deep").rows == 4
 
 
 # Manifest
@@ -440,17 +442,17 @@ def test_sound_rows_of_each_label_pass_the_deep_check(folder: Path) -> None:
 
 def test_the_manifest_tells_what_was_sealed(folder: Path) -> None:
     build(folder)
-    manifest = shards.read_manifest(folder)
+    manifest = read_manifest(folder)
     assert (manifest.rows, len(manifest.shards), manifest.config_hash) == (SHARDS * ROWS, SHARDS, "c0ffee")
-    later = shards.make_manifest(manifest.splits, "c0ffee", "2027-01-01T00:00:00Z")
+    later = make_manifest(manifest.splits, "c0ffee", "2027-01-01T00:00:00Z")
     assert later.dataset_id == manifest.dataset_id and later.created_at != manifest.created_at
-    assert shards.make_manifest({"train": manifest.shards[1:]}, "c0ffee", "").dataset_id != manifest.dataset_id
-    found = json.loads((folder / shards.MANIFEST).read_text())
+    assert make_manifest({"train": manifest.shards[1:]}, "c0ffee", "").dataset_id != manifest.dataset_id
+    found = json.loads((folder / MANIFEST).read_text())
     assert found["format"] == "rlaif-shards" and found["splits"]["train"]["rows"] == SHARDS * ROWS
 
 
 def test_a_folder_with_an_absent_shard_cannot_be_sealed(folder: Path) -> None:
-    absent = shards.ShardRecord("0.arrow", 1, 100, "0" * 64)
+    absent = ShardRecord("0.arrow", 1, 100, "0" * 64)
     with pytest.raises(ShardError, match=r"0\.arrow: found nothing, expected 100 bytes"):
-        shards.write_manifest(folder, {"train": [absent]}, "c", "now")
+        write_manifest(folder, {"train": [absent]}, "c", "now")
     assert contents(folder) == {}

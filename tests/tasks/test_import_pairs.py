@@ -260,7 +260,7 @@ def test_bad_sources_are_refused_before_a_model_is_loaded(
     tiny_preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(source: str, message: str) -> None:
-        with pytest.raises(ParameterError, match=message):
+        with pytest.raises(ValueError, match=message):
             planned(tiny_preset, tmp_path, Path(source))
 
     monkeypatch.setattr("tasks.import_pairs.load_encoders", None)
@@ -283,7 +283,7 @@ def test_bad_sources_are_refused_before_a_model_is_loaded(
 def test_our_own_unfinished_shards_are_not_taken_for_human_data(job: Import, tiny_preset: Path, tmp_path: Path) -> None:
     folder = import_pairs.fn(job)
     (folder / "manifest.json").unlink()
-    with pytest.raises(ParameterError, match=r"a preference shard of ours without its manifest\.json"):
+    with pytest.raises(ValueError, match=r"a preference shard of ours without its manifest\.json"):
         planned(tiny_preset, tmp_path, folder)
 
 

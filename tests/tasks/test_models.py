@@ -11,7 +11,7 @@ import torch
 
 from tasks import models
 from tests.training.worlds import make_plan
-from training import run, trainer
+from training.loop import run, trainer
 from training.model.reference import ModelRef
 
 

@@ -90,7 +90,7 @@ def check_text_encoders(method: str, text_encoders: bool, ref: ModelRef) -> None
         )
     if tuned and not text_encoders:
         raise ModelError(
-            f"training.adapter.encoders=false with training.method={method!r}, but training starts from the adapter "
+            f"training.text_encoders=false with training.method={method!r}, but training starts from the adapter "
             f"{ref.adapter}, which also changes {' and '.join(tuned)}: that would be lost. Use text_encoders=true with "
             "method='lora', or start from the base model (in a cycle: under a new name as experiment)"
         )

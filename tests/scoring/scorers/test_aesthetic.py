@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModelWithProjection
 
-from scoring import aesthetic
+from scoring.scorers import aesthetic
 from scoring.scorers.aesthetic import HEADS, Aesthetic, build_head
 from scoring.scorers.registry import check_scorer, load_scorer
 from scoring.scorers.scorer import ScoringError

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scoring import cosine
+from scoring.scorers import cosine
 from scoring.scorers.registry import ScorerSource, load_scorer
 from scoring.scorers.scorer import ScoringError, score_images
 from tests.scoring.conftest import SHAPES

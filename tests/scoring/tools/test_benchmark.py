@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from bench.original_hpsv2 import original, put_model
-from scoring import benchmark
+from scoring.tools import benchmark
 from scoring.tools.benchmark import Row, find_items, fold_means, read_prompts, summarise
 from tests.scoring.conftest import HPSV2_CONFIG
 

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from scoring import convert as module
 from scoring.scorers.hpsv2 import HPSv2
 from scoring.scorers.scorer import ScoringError
+from scoring.tools import convert as module
 from scoring.tools.convert import convert, main
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -100,7 +100,7 @@ def test_a_poisoned_file_is_refused_and_nothing_runs(bomb: type, tmp_path: Path,
         assert main([str(source), str(tmp_path / "out.safetensors")]) == 1
         message = capsys.readouterr().err
         assert message.startswith(f"error: {source}: not a checkpoint of plain tensors; refused")
-        assert "save the tensors of its state dict alone" in message and "scoring.tools.convert" in message
+        assert "save the tensors of its state dict alone" in message and "scoring.convert" in message
         assert not ran.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt"]
     torch.load(source, weights_only=False)
@@ -173,7 +173,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     """As a user types it; help needs no torch."""
-    root = Path(module.__file__).parent.parent
+    root = Path(module.__file__).parents[2]
     torch.save(_state(), tmp_path / "in.pt")
     command = [
         sys.executable,

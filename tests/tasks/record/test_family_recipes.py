@@ -112,7 +112,7 @@ def test_the_disk_a_cycle_needs_follows_the_models_own_scale(
     tiny_preset: Path, bases: FamilyBases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """8 latent pixels of 4 pixels each: 32 x 32 pictures, 8 prompts x 3 candidates and 3 x 12 evaluated."""
-    from tasks import check as checking
+    from tasks.record import checks as checking
 
     used = checking.shutil.disk_usage(tmp_path)
     for free, enough in ((60 * 32 * 32 * 3, True), (60 * 32 * 32 * 3 - 1, False)):

@@ -46,7 +46,7 @@ def test_a_sound_recipe_passes(recipe: Recipe, tmp_path: Path) -> None:
     ],
 )
 def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[str, object], message: str) -> None:
-    with pytest.raises(ParameterError, match=message):
+    with pytest.raises(ValueError, match=message):
         check(changed(tiny_preset, flat), tmp_path)
 
 
@@ -78,7 +78,7 @@ def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[s
 def test_wrong_settings_are_refused(
     tiny_preset: Path, tmp_path: Path, section: dict[str, Section], message: str
 ) -> None:
-    with pytest.raises(ParameterError, match=message):
+    with pytest.raises(ValueError, match=message):
         check(changed(tiny_preset, **section), tmp_path)
 
 

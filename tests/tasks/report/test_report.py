@@ -15,7 +15,6 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from tasks.report.page.charts import Scale, markdown, panel, picture, running_mean, thumbnail_uri
 
 from data.files import write_json
 from data.ids import prompt_id
@@ -31,6 +30,7 @@ from tasks.record.plan import Plan, read_plan
 from tasks.record.recipe import SECTIONS, resolve
 from tasks.record.settings import Evaluation, Generation
 from tasks.record.workspace import Cycle, Experiment, Part
+from tasks.report.charts import Scale, markdown, panel, picture, running_mean, thumbnail_uri
 from tasks.report.page import ARTIFACT_PAIRS, pictures_markdown, snippet, write_report
 from training.loop.checkpoint import CheckpointRecord
 from training.loop.run import final_metrics

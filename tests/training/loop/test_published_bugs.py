@@ -111,7 +111,7 @@ BUGS = {
         "tests/training/loop/test_flow_matching.py::test_levels_are_shares_of_the_schedule",
     ),
     "ties as wins of the first picture": Bug(
-        "train_diffusion_dpo.py of huggingface/diffusers", "data/schema.py",
+        "train_diffusion_dpo.py of huggingface/diffusers", "data/columns.py",
         "pa.scalar(0.5, pa.float32())", "pa.scalar(0.25, pa.float32())",
         "tests/data/test_pairs.py::test_trainable_rows_have_a_decision_between_different_images_that_is_no_tie",
     ),

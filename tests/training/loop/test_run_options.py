@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from data.shards import ShardError
 from tests.training.worlds import make_plan
-from training import launch as launching
+from training.loop import launch as launching
 from training.loop.dataset import PreferencePairs, positions_of_step, share_of
 from training.loop.diagnostics import TrainingDiverged
 from training.loop.launch import launch, process_count
