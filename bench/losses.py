@@ -27,7 +27,6 @@ from data.ids import seed_for
 from data.prompts import read_prompts
 from scoring.scorers.registry import load_scorer
 from scoring.scorers.scorer import score_images
-from tasks.record.plan import read_plan
 from tasks.record.recipe import SECTIONS, Recipe, resolve
 from tasks.record.settings import Evaluation, Pairing
 from tasks.record.workspace import experiment_at
@@ -64,7 +63,7 @@ class World:
             line = experiment_at(str(self.workspace), f"seed-{self.recipe.seed}-ungated")
             return run_cycles(line, self.recipe, CYCLES, promote_anyway, twin=self.experiment)
         cycle = make_pairs(self.experiment, self.recipe, 1)
-        plan = training_plan(read_plan(cycle), cycle)
+        plan = training_plan(cycle)
         if arm != Arm():  # the recipe's own training is that of the first cycle
             pairs = str(other_pairs(cycle, arm.scorer)) if arm.scorer else plan.pairs
             output = str(self.experiment.folder / "arms" / arm.key())

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,42 +16,28 @@ from data.ids import pair_id, score_column
 from data.manifest import MANIFEST, make_manifest, read_manifest, write_manifest
 from data.schema import pair_schema, read_metadata
 from data.shards import ShardRecord, read_shard, write_shard
-from scoring.labels.combine import winner_probabilities
-from scoring.labels.expressions import Expression, leaves
-from scoring.labels.pairing import Pair, pair_groups
-from tasks.generate import generation_metadata
-from tasks.record.plan import Plan, read_plan
+from scoring.labels.expressions import Expression
+from tasks.record.labels import Labels, label
+from tasks.record.plan import Plan, PlannedCycle
 from tasks.record.recipe import ParameterError
+from tasks.record.scores import read_scores
 from tasks.record.settings import Pairing
-from tasks.record.workspace import Cycle, shard_name
-from tasks.score import Scored, read_scores
+from tasks.record.workspace import shard_name
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Labels:
-    """What a labelling decided: the pairs of each prompt, and of each pair P(winner preferred) where it is known."""
-
-    pairs: list[list[Pair]]
-    probabilities: list[list[float | None]]
-    unit: str
-
-    def prompts_with_pairs(self) -> int:
-        return sum(bool(group) for group in self.pairs)
-
-
 @task(task_run_name="pair-candidates")
-def pair_candidates(cycle: Cycle) -> int:
+def pair_candidates(cycle: PlannedCycle) -> int:
     """Write and seal the preference shards of a cycle; returns the number of pairs.
 
     Raises ParameterError when no pair remains.
     """
-    plan = read_plan(cycle)
-    return write_pairs(cycle, plan.labelling(), plan.recipe.pairing, plan.scorer_names("training"), cycle.preferences)
+    plan = cycle.plan
+    return write_pairs(cycle, plan.labelling(), plan.recipe.pairing, plan.scorer_names("candidates"), cycle.preferences)
 
 
-def write_pairs(cycle: Cycle, expression: Expression, pairing: Pairing, scorers: list[str], target: Path) -> int:
+def write_pairs(cycle: PlannedCycle, expression: Expression, pairing: Pairing, scorers: list[str], target: Path) -> int:
     """Label a cycle's candidates by an expression into a sealed folder; returns the number of pairs.
 
     scorers: whose scores the pairs carry, those of the expression among them; all have scored the candidates. A
@@ -60,7 +45,7 @@ def write_pairs(cycle: Cycle, expression: Expression, pairing: Pairing, scorers:
     """
     if (target / MANIFEST).is_file():
         return read_manifest(target).rows
-    plan, scored = read_plan(cycle), read_scores(cycle, "training", scorers)
+    plan, scored = cycle.plan, read_scores(cycle, "candidates", scorers)
     labels = label(expression, pairing, scored, plan.recipe.generation.candidates)
     if not labels.prompts_with_pairs():
         raise ParameterError(
@@ -68,36 +53,20 @@ def write_pairs(cycle: Cycle, expression: Expression, pairing: Pairing, scorers:
             f"{expression}; lower it or raise generation.candidates (now {plan.recipe.generation.candidates})"
         )
     metadata = {
-        **generation_metadata(plan),
+        **plan.provenance(),
         "scorers": [{**dataclasses.asdict(info), "column": name} for name, info in scored.infos.items()],
         "label_rule": {"by": str(expression), "unit": labels.unit, **pairing.model_dump()},
     }
-    shards = range(plan.shards("training"))
-    records = [_write_shard(cycle, plan, index, labels, scored.scores, metadata, target) for index in shards]
+    shards = range(cycle.shards("candidates"))
+    records = [_write_shard(cycle, index, labels, scored.scores, metadata, target) for index in shards]
     _seal(target, plan, records, metadata)
     rows = sum(record.rows for record in records)
     log.info("%d pairs from %d prompts, labelled by %s", rows, len(labels.pairs), expression)
     return rows
 
 
-def label(expression: Expression, pairing: Pairing, scored: Scored, candidates: int) -> Labels:
-    """Decide the pairs of all prompts; the smallest margin is in units of the spread over all of them."""
-    order = scored.order(expression, candidates)
-    margins = (order.margins(prompt) for prompt in range(order.prompts()))
-    pairs = pair_groups(margins, order.spread, pairing.rule, pairing.min_margin)
-    flat = [(prompt, pair) for prompt, group in enumerate(pairs) for pair in group]
-    groups = {name: scored.scores[name].reshape(-1, candidates) for name in leaves(expression)}
-    winners = np.array([(prompt, pair.winner) for prompt, pair in flat]).reshape(-1, 2)
-    losers = np.array([(prompt, pair.loser) for prompt, pair in flat]).reshape(-1, 2)
-    size = np.array([pair.margin for _, pair in flat])
-    found = winner_probabilities(expression, winners, losers, groups, scored.infos, size)
-    known = iter([None] * len(flat) if found is None else found.tolist())
-    return Labels(pairs, [[next(known) for _ in group] for group in pairs], order.unit)
-
-
 def _write_shard(
-    cycle: Cycle,
-    plan: Plan,
+    cycle: PlannedCycle,
     index: int,
     labels: Labels,
     scores: dict[str, np.ndarray],
@@ -105,9 +74,9 @@ def _write_shard(
     target: Path,
 ) -> ShardRecord:
     """The pairs of the prompts of one candidate shard."""
-    where, each = cycle.part("training", plan.shards("training")), plan.recipe.generation.candidates
-    candidates, embeddings = read_shard(where.candidates(index)), read_shard(where.embeddings(index))
-    first = index * plan.prompts_per_shard("training")
+    files, each = cycle.part("candidates"), cycle.plan.recipe.generation.candidates
+    candidates, embeddings = read_shard(files.candidates(index)), read_shard(files.embeddings(index))
+    first = index * cycle.prompts_per_shard("candidates")
     prompts = range(len(embeddings))
     chosen = [(prompt, pair) for prompt in prompts for pair in labels.pairs[first + prompt]]
     sure = [probability for prompt in prompts for probability in labels.probabilities[first + prompt]]
@@ -135,7 +104,7 @@ def _write_shard(
         list(scores), {**metadata, **shapes}, _size(embeddings.schema, "pooled"),
     )  # fmt: skip
     table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-    return write_shard(target / shard_name(index, plan.shards("training")), table, schema)
+    return write_shard(target / shard_name(index, files.shards), table, schema)
 
 
 def _label_columns(won: list[bool], sure: list[float | None]) -> dict[str, pa.Array]:

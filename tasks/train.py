@@ -1,6 +1,5 @@
 """Trains on the sealed preference shards of a cycle."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -8,13 +7,10 @@ from typing import Any
 from prefect import task
 
 from data.manifest import verify
-from tasks.models import absolute
 from tasks.progress import progress
-from tasks.record.plan import Plan, read_plan
+from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import Recipe
-from tasks.record.workspace import Cycle
 from training.adapter.lora import Lora
-from training.export.outputs import write_outputs
 from training.loop.checkpoint import CheckpointRecord
 from training.loop.launch import launch, process_count
 from training.model.reference import ModelRef
@@ -25,14 +21,13 @@ log = logging.getLogger(__name__)
 
 
 @task(task_run_name="train-policy")
-def train_policy(cycle: Cycle) -> CheckpointRecord:
+def train_policy(cycle: PlannedCycle) -> CheckpointRecord:
     """Train from the cycle's start model; resumes at the last checkpoint, or returns what is finished."""
     finished = CheckpointRecord.read(cycle.training)
     if finished:
         log.info("%s: complete, kept", cycle.training)
         return finished
-    plan = read_plan(cycle)
-    return run_training(plan.recipe, training_plan(plan, cycle))
+    return run_training(cycle.plan.recipe, training_plan(cycle))
 
 
 def run_training(recipe: Recipe, plan: TrainingPlan) -> CheckpointRecord:
@@ -55,17 +50,12 @@ def run_training(recipe: Recipe, plan: TrainingPlan) -> CheckpointRecord:
     return record
 
 
-@task(task_run_name="hand-over")
-def hand_over(cycle: Cycle) -> None:
-    """Write what others need to use the trained model: ComfyUI's keys, and the card with the verdicts."""
-    plan = read_plan(cycle)
-    write_outputs(cycle.training, training_plan(plan, cycle), cycle.preferences, json.loads(cycle.results.read_text()))
-
-
-def training_plan(plan: Plan, cycle: Cycle) -> TrainingPlan:
+def training_plan(cycle: PlannedCycle) -> TrainingPlan:
     """The trainer's plan of a cycle."""
-    start = absolute(ModelRef.read(plan.start), cycle.folder.parent.parent)
-    return plan_training(plan.recipe, start, cycle.preferences, cycle.training, plan.cycle_seed, plan.code["rlaif"])
+    plan = cycle.plan
+    return plan_training(
+        plan.recipe, cycle.start(), cycle.preferences, cycle.training, plan.cycle_seed, plan.code["rlaif"]
+    )
 
 
 def plan_training(recipe: Recipe, model: ModelRef, pairs: Path, output: Path, seed: int, version: str) -> TrainingPlan:

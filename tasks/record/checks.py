@@ -9,9 +9,10 @@ from data.prompts import Prompts
 from scoring.labels.expressions import leaves, parse
 from scoring.scorers.registry import ScorerSource, check_scorer, known_scorers, load_scorer, parse_spec
 from scoring.scorers.scorer import ScorerInfo, ScoringError, identities, info_of
-from tasks.record.plan import Plan, source_plan
+from tasks.record.plan import Plan
 from tasks.record.prompts import prompt_pools
 from tasks.record.recipe import ParameterError, Recipe, Weights
+from tasks.record.source import source_cycle
 from training.model.devices import resolve_device
 from training.model.families import family_for
 from training.model.loading import check_lora_targets
@@ -25,7 +26,7 @@ def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
     """
     _check_scorers(recipe)
     pools = prompt_pools(recipe)
-    source_plan(recipe)
+    source_cycle(recipe)
     try:
         family_for(ModelRef(recipe.base_model, recipe.revision))
     except ModelError as error:

@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from training.settings import Section, preset_value
+from training.settings import Execution, Section, Training, preset_value
+
+__all__ = ["Evaluation", "Execution", "Gate", "Generation", "Pairing", "Section", "Training"]
 
 
 class Generation(Section):

@@ -7,7 +7,7 @@ import pytest
 from tasks.plan_cycle import plan_cycle
 from tasks.record.checks import check
 from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
-from tasks.record.runs import begin_run, end_run
+from tasks.record.runs import begin_run
 from tasks.record.settings import Evaluation, Generation
 from tasks.record.workspace import experiment_at
 from training.settings import Execution, Section, Training
@@ -106,12 +106,11 @@ def test_a_base_model_that_changed_under_a_plan_is_refused(recipe: Recipe, tmp_p
     shutil.copytree(recipe.base_model, base)
     own = recipe.model_copy(update={"base_model": str(base)})
     experiment = experiment_at(str(tmp_path), "x")
-    _, run = begin_run(experiment, own, 1)
-    plan = plan_cycle.fn(experiment, run, 1)
-    assert plan_cycle.fn(experiment, run, 1) == plan
+    cycle = plan_cycle.fn(experiment, own, 1)
+    assert plan_cycle.fn(experiment, own, 1) == cycle
     (base / "unet" / "config.json").write_text((base / "unet" / "config.json").read_text() + " ")
     with pytest.raises(ParameterError, match=r"has changed since"):
-        plan_cycle.fn(experiment, run, 1)
+        plan_cycle.fn(experiment, own, 1)
 
 
 def test_a_folder_that_is_no_model_is_refused(tiny_preset: Path, tmp_path: Path) -> None:
@@ -134,11 +133,11 @@ def test_an_experiment_name_stays_inside_the_workspace(tmp_path: Path) -> None:
 def test_the_same_parameters_resume_and_others_begin_anew(recipe: Recipe, tmp_path: Path) -> None:
     experiment = experiment_at(str(tmp_path), "x")
     other = recipe.model_copy(update={"seed": 7})
-    path, run = begin_run(experiment, recipe, 2)
+    run = begin_run(experiment, recipe, 2)
     assert run.cycles == [1, 2]
-    assert begin_run(experiment, recipe, 2) == (path, run)
-    other_path, other_run = begin_run(experiment, other, 1)
-    assert other_run.cycles == [3] and other_path != path
-    assert begin_run(experiment, recipe, 2) == (path, run), "the older unfinished run is found again"
-    end_run(path, run)
-    assert begin_run(experiment, recipe, 2)[1].cycles == [4, 5]
+    assert begin_run(experiment, recipe, 2) == run
+    other_run = begin_run(experiment, other, 1)
+    assert other_run.cycles == [3] and other_run.path != run.path
+    assert begin_run(experiment, recipe, 2) == run, "the older unfinished run is found again"
+    run.finish()
+    assert begin_run(experiment, recipe, 2).cycles == [4, 5]
