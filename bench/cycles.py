@@ -18,7 +18,7 @@ from tasks.promote import promote
 from tasks.record.champion import Champion, starting_model
 from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import Recipe
-from tasks.record.settings import Pairing
+from tasks.record.settings import GivenPairing
 from tasks.record.workspace import Experiment, Part
 from tasks.relabel import relabel
 from tasks.score import score_shard
@@ -49,7 +49,7 @@ def other_pairs(cycle: PlannedCycle, scorer: str) -> Path:
     for name in leaves(parse(scorer)):
         for index in range(cycle.shards("candidates")):
             score_shard.fn(cycle, "candidates", name, index)
-    relabel.fn(cycle, scorer, Pairing())
+    relabel.fn(cycle, scorer, GivenPairing())
     return cycle.relabelled(scorer)
 
 

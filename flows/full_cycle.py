@@ -17,7 +17,14 @@ from tasks.record.checks import check
 from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import ParameterError, Recipe, resolve
 from tasks.record.runs import begin_run
-from tasks.record.settings import Evaluation, Execution, Gate, Generation, Pairing, Training
+from tasks.record.settings import (
+    GivenEvaluation,
+    GivenExecution,
+    GivenGate,
+    GivenGeneration,
+    GivenPairing,
+    GivenTraining,
+)
 from tasks.record.workspace import Experiment, exclusive, experiment_at
 from tasks.write_report import write_report
 
@@ -36,12 +43,12 @@ def full_cycle(
     workspace: str = "workspace",
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0,
     candidates_of: str | None = None,
-    generation: Generation = Generation(),
-    pairing: Pairing = Pairing(),
-    training: Training = Training(),
-    evaluation: Evaluation = Evaluation(),
-    gate: Gate = Gate(),
-    execution: Execution = Execution(),
+    generation: GivenGeneration = GivenGeneration(),
+    pairing: GivenPairing = GivenPairing(),
+    training: GivenTraining = GivenTraining(),
+    evaluation: GivenEvaluation = GivenEvaluation(),
+    gate: GivenGate = GivenGate(),
+    execution: GivenExecution = GivenExecution(),
 ) -> list[str]:
     """Align a text-to-image model from AI feedback, and keep the result only if it is better.
 

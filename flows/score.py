@@ -11,7 +11,7 @@ from tasks.progress import show_logs
 from tasks.record.checks import check_expression, check_trusted
 from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import ParameterError, Weights, read_preset
-from tasks.record.settings import Execution, Pairing
+from tasks.record.settings import GivenExecution, GivenPairing
 from tasks.record.workspace import exclusive
 from tasks.relabel import relabel
 from tasks.score import score_shard
@@ -29,8 +29,8 @@ def score(
     preset: str = "shapes",
     output: str | None = None,
     caption_column: str | None = None,
-    pairing: Pairing = Pairing(),
-    execution: Execution = Execution(),
+    pairing: GivenPairing = GivenPairing(),
+    execution: GivenExecution = GivenExecution(),
 ) -> str:
     """Score images with captions, or the candidates of a cycle, which are then paired anew; nothing is generated.
 
@@ -65,11 +65,11 @@ def score(
         release()
 
 
-def _relabel(cycle: PlannedCycle, scorer: str, preset: str, pairing: Pairing, execution: Execution) -> str:
+def _relabel(cycle: PlannedCycle, scorer: str, preset: str, pairing: GivenPairing, execution: GivenExecution) -> str:
     plan = cycle.plan
     names = check_expression("scorer", scorer, plan.sources())
     check_trusted(names, plan, read_preset(preset))
-    complete = Execution(**{**plan.recipe.execution.model_dump(), **execution.given()})
+    complete = execution.on(plan.recipe.execution)
     with exclusive(cycle.experiment.folder):
         for name in names:
             for index in range(cycle.shards("candidates")):
@@ -88,12 +88,12 @@ def _relabel(cycle: PlannedCycle, scorer: str, preset: str, pairing: Pairing, ex
 
 
 def _score(
-    source: str, scorer: str, preset: str, target: Path, caption_column: str | None, execution: Execution
+    source: str, scorer: str, preset: str, target: Path, caption_column: str | None, execution: GivenExecution
 ) -> str:
     values = read_preset(preset)
     sources = {name: Weights(**weights).bound() for name, weights in values.get("scorers", {}).items()}
     names = check_expression("scorer", scorer, sources)
-    complete = Execution(**{**values.get("execution", {}), **execution.given()})
+    complete = execution.on(values.get("execution", {}))
     for name in names:
         score_set(source, name, target, sources, complete, caption_column)
     path = write_table(source, names, target, complete, caption_column)

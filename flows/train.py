@@ -9,8 +9,8 @@ from pydantic import Field
 from tasks.import_pairs import import_pairs, plan_import
 from tasks.models import collect
 from tasks.progress import show_logs
-from tasks.record.recipe import SECTIONS, resolve
-from tasks.record.settings import Execution, Generation, Training
+from tasks.record.recipe import resolve
+from tasks.record.settings import GivenExecution, GivenGeneration, GivenTraining
 from tasks.record.workspace import exclusive
 from tasks.train_alone import (
     check_importable,
@@ -38,9 +38,9 @@ def train(
     workspace: str = "workspace",
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0,
     max_pairs: Annotated[int, Field(ge=1)] | None = None,
-    generation: Generation = Generation(),
-    training: Training = Training(),
-    execution: Execution = Execution(),
+    generation: GivenGeneration = GivenGeneration(),
+    training: GivenTraining = GivenTraining(),
+    execution: GivenExecution = GivenExecution(),
 ) -> str:
     """Train a model on preference pairs; nothing is generated, scored or evaluated. Returns the training's folder.
 
@@ -62,8 +62,7 @@ def train(
         execution: device, precision, batch sizes.
     """
     show_logs()
-    sections = {section: kind() for section, kind in SECTIONS.items()}
-    sections |= {"generation": generation, "training": training, "execution": execution}
+    sections = {"generation": generation, "training": training, "execution": execution}
     recipe = resolve(preset, seed, {"base_model": base_model}, sections)
     where = training_folder(workspace, name, output)
     check_recipe(recipe)

@@ -14,27 +14,27 @@ from tasks.record.labels import LabelAgreement, compare_labels
 from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import ParameterError
 from tasks.record.scores import is_scored, read_scores
-from tasks.record.settings import Pairing
+from tasks.record.settings import GivenPairing, Pairing
 
 log = logging.getLogger(__name__)
 
 
 @task(task_run_name="relabel-{scorer}")
-def relabel(cycle: PlannedCycle, scorer: str, pairing: Pairing) -> LabelAgreement | None:
+def relabel(cycle: PlannedCycle, scorer: str, pairing: GivenPairing) -> LabelAgreement | None:
     """Pair a cycle's candidates anew by an expression whose scorers have scored them, into `relabelled/<scorer>/`.
 
     pairing: what differs from the cycle's own rule. Returns how the labels agree with the cycle's own, None where
     its own scorers have not scored. Raises ParameterError when the folder holds pairs by another rule or scores.
     """
     expression, own = parse(scorer), cycle.plan.labelling()
-    complete = Pairing(**{**cycle.plan.recipe.pairing.model_dump(), **pairing.given()})
+    complete: Pairing = pairing.on(cycle.plan.recipe.pairing)
     target = cycle.relabelled(scorer)
     infos = read_scores(cycle, "candidates", leaves(expression)).infos
     scorers = {name: [info.fingerprint, info.preference_scale] for name, info in infos.items()}
     rule = {"expression": str(expression), "scorers": scorers, "pairing": complete.model_dump()}
     there = target / "rule.json"
     if (target / MANIFEST).is_file() and json.loads(there.read_text()) != rule:
-        raise ParameterError(f"pairing={pairing.given()}: {target} holds pairs by another rule; move it away first")
+        raise ParameterError(f"pairing={pairing.values()}: {target} holds pairs by another rule; move it away first")
     write_json(there, rule)
     comparable = is_scored(cycle, own)
     carried = list(dict.fromkeys([*leaves(expression), *(leaves(own) if comparable else [])]))

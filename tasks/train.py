@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from typing import Any
 
 from prefect import task
 
@@ -10,12 +9,10 @@ from data.manifest import verify
 from tasks.progress import progress
 from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import Recipe
-from training.adapter.lora import Lora
 from training.loop.checkpoint import CheckpointRecord
 from training.loop.launch import launch, process_count
 from training.model.reference import ModelRef
 from training.plan import TrainingPlan
-from training.settings import Section, Training
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +30,7 @@ def train_policy(cycle: PlannedCycle) -> CheckpointRecord:
 def run_training(recipe: Recipe, plan: TrainingPlan) -> CheckpointRecord:
     """Check the shards' sums, then train with progress; goes on at the last checkpoint."""
     verify(plan.pairs, "checksum")
-    with progress("train", plan.steps, "step") as advance:
+    with progress("train", plan.training.steps, "step") as advance:
         done = 0
 
         def on_step(step: int, metrics: dict[str, float]) -> None:
@@ -60,25 +57,7 @@ def training_plan(cycle: PlannedCycle) -> TrainingPlan:
 
 def plan_training(recipe: Recipe, model: ModelRef, pairs: Path, output: Path, seed: int, version: str) -> TrainingPlan:
     """The recipe's numbers, with paths filled in. version: of this code."""
-    training = recipe.training
     return TrainingPlan(
-        model=model,
-        pairs=str(pairs),
-        output=str(output),
-        lora=lora_of(training),
-        seed=seed,
-        version=version,
-        batch_size=training.batch_size,
-        **shared_fields(training),
-        **shared_fields(recipe.execution),
-    )
-
-
-def lora_of(training: Training) -> Lora:
-    return Lora(training.lora_rank, training.lora_alpha, training.lora_targets, training.lora_dora)
-
-
-def shared_fields(section: Section) -> dict[str, Any]:
-    """What a section says of the fields of a training plan that have the same name."""
-    shared = set(TrainingPlan.__dataclass_fields__) & set(type(section).model_fields) - {"batch_size"}
-    return {name: getattr(section, name) for name in shared}
+        model=model, pairs=str(pairs), output=str(output), seed=seed, version=version, training=recipe.training,
+        execution=recipe.execution.of_training(),
+    )  # fmt: skip

@@ -37,7 +37,7 @@ from tasks.report.charts import (
 )
 from training.loop.checkpoint import CheckpointRecord
 from training.loop.trainer import METRICS
-from training.loss.table import LossOptions, loss_at_start
+from training.loss.table import loss_at_start
 from training.model.families import family_for
 from training.model.reference import ModelRef
 
@@ -95,7 +95,7 @@ def training_section(cycle: PlannedCycle, record: CheckpointRecord) -> dict[str,
     steps = [json.loads(line) for line in (cycle.training / METRICS).read_text().splitlines()]
     values = {name: over_steps(steps, name) for name in {name: None for step in steps for name in step}}
     training = cycle.plan.recipe.training
-    start = loss_at_start(record.loss, LossOptions.of(training))
+    start = loss_at_start(record.loss, training.loss_options())
     return {
         "panels": training_panels(values, training.max_grad_norm, start),
         "pairs_per_second": float(np.median(values["pairs_per_second"])),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from data.manifest import read_manifest, verify
 from data.shards import ShardError, read_shard
-from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
+from tasks.record.recipe import ParameterError, Recipe, resolve
 from tasks.train_alone import check_pairs, start_model
 from tests.families import save_sdxl
 from tests.tasks.test_import_pairs import row, save
@@ -41,7 +41,7 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def preset_of(preset: Path, **flat: object) -> Recipe:
-    return resolve(str(preset), 0, flat, {name: kind() for name, kind in SECTIONS.items()})
+    return resolve(str(preset), 0, flat, {})
 
 
 class Killed(RuntimeError):

@@ -10,15 +10,15 @@ from scoring.verdict.gates import GateDecision
 from tasks.promote import promote
 from tasks.record.champion import Champion, starting_model
 from tasks.record.plan import Plan, PlannedCycle
-from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
+from tasks.record.recipe import ParameterError, Recipe, resolve
 from tasks.record.results import Results
 from tasks.record.runs import Run, begin_run
+from tasks.record.settings import Given, GivenTraining, Settings
 from tasks.record.workspace import Experiment, experiment_at
 from training.loop.checkpoint import CheckpointRecord
 from training.model.reference import ModelRef
-from training.settings import Training
 
-NOTHING = {name: kind() for name, kind in SECTIONS.items()}
+NOTHING: dict[str, Given[Settings]] = {}
 
 
 @pytest.fixture
@@ -48,7 +48,10 @@ def judged(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, values)
     cycle.training.mkdir()
-    CheckpointRecord(ModelRef(recipe.base_model), "lora", 1, 1, 2.0, 1.0, f"{number:064d}", {}).write(cycle.training)
+    CheckpointRecord(
+        model=ModelRef(recipe.base_model), method="lora", steps=1, pairs=1, beta=2.0, kappa=1.0,
+        sha256=f"{number:064d}", metrics={},
+    ).write(cycle.training)  # fmt: skip
     assert Results.read(cycle).decision == decision
     return cycle
 
@@ -93,11 +96,11 @@ def test_a_champion_of_another_shape_or_base_is_refused(
     experiment: Experiment, recipe: Recipe, tiny_preset: Path
 ) -> None:
     promote.fn(judged(experiment, recipe, 1, accepted=True))
-    other = resolve(str(tiny_preset), 0, {}, NOTHING | {"training": Training(lora_rank=8)})
+    other = resolve(str(tiny_preset), 0, {}, NOTHING | {"training": GivenTraining(lora_rank=8)})
     with pytest.raises(ParameterError, match=r"training\.lora_rank=8.*trained with 4"):
         starting_model(experiment, other, "digest")
     fewer, turned = (
-        resolve(str(tiny_preset), 0, {}, NOTHING | {"training": Training(lora_targets=targets)})
+        resolve(str(tiny_preset), 0, {}, NOTHING | {"training": GivenTraining(lora_targets=targets)})
         for targets in (["to_q"], recipe.training.lora_targets[::-1])
     )
     with pytest.raises(ParameterError, match=r"training\.lora_targets=\['to_q'\].*trained with \['to_q', 'to_k'"):

@@ -27,20 +27,19 @@ from tasks.generate import candidate_table, write_embeddings
 from tasks.pair import pair_candidates
 from tasks.promote import promote
 from tasks.record.plan import Plan, PlannedCycle
-from tasks.record.recipe import SECTIONS, resolve
+from tasks.record.recipe import resolve
 from tasks.record.results import Judged, Results, read_judged
-from tasks.record.settings import Evaluation, Generation
+from tasks.record.settings import GivenEvaluation, GivenExecution, GivenGeneration
 from tasks.record.workspace import Experiment, Part
 from tasks.report.artifacts import ARTIFACT_PAIRS, pictures_markdown
 from tasks.report.charts import Scale, markdown, panel, picture, running_mean, thumbnail_uri
 from tasks.report.page import snippet
 from tasks.write_report import write_report
 from training.loop.checkpoint import CheckpointRecord
-from training.loop.run import final_metrics
+from training.loop.metrics import final_metrics
 from training.loop.trainer import METRICS
 from training.model.family import PromptEmbeddings
 from training.model.reference import ModelRef
-from training.settings import Execution
 
 EVIL = "<script>alert(1)</script> | a \"red\" circle & 'two' squares"
 PROMPTS = 40
@@ -52,11 +51,11 @@ def a_picture(seed: int, side: int) -> np.ndarray:
 
 def a_plan(number: int, control: bool) -> Plan:
     given = {
-        "generation": Generation(candidates=4, prompts_per_cycle=12),
-        "evaluation": Evaluation(null_control=control, max_prompts=PROMPTS),
-        "execution": Execution(images_per_shard=16),
+        "generation": GivenGeneration(candidates=4, prompts_per_cycle=12),
+        "evaluation": GivenEvaluation(null_control=control, max_prompts=PROMPTS),
+        "execution": GivenExecution(images_per_shard=16),
     }
-    recipe = resolve("shapes", 5, {}, {name: given.get(name, kind()) for name, kind in SECTIONS.items()})
+    recipe = resolve("shapes", 5, {}, given)
     return Plan(
         cycle=number, cycle_seed=2**62 + number, champion=None, start=ModelRef(recipe.base_model).to_dict(),
         start_label=recipe.base_model, labellers=[], base_digest="0123",
@@ -106,9 +105,10 @@ def train_part(cycle: PlannedCycle, winner_error: float, steps: int = 60) -> Non
     cycle.training.mkdir()
     (cycle.training / METRICS).write_text("".join(json.dumps(line) + "\n" for line in history))
     model = ModelRef("shapes/models/base", adapter=str(cycle.training / "adapter"))
-    CheckpointRecord(model, "lora", steps, 12, 4000.0, 2000.0, "c0ffee" * 10, final_metrics(history)).write(
-        cycle.training
-    )
+    CheckpointRecord(
+        model=model, method="lora", steps=steps, pairs=12, beta=4000.0, kappa=2000.0, sha256="c0ffee" * 10,
+        metrics=final_metrics(history),
+    ).write(cycle.training)  # fmt: skip
 
 
 def finished_cycle(
