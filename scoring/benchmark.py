@@ -3,4 +3,4 @@
 from scoring.tools.benchmark import main
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

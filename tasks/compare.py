@@ -2,19 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from data.shards import read_shard
-from scoring.scorers.scorer import compare_images
+from scoring.scorers.pair_judge import PairJudge, compare_images
 from tasks.pictures import pictures
 from tasks.record.plan import PlannedCycle
 from tasks.record.workspace import Part
 
 
 def compared_scores(
-    judge: Any,
+    judge: PairJudge,
     cycle: PlannedCycle,
     part: Part,
     index: int,
@@ -41,7 +40,7 @@ def compared_scores(
 
 
 def _tournament(
-    judge: Any, images: Sequence[np.ndarray], prompts: Sequence[str], each: int, advance: Callable[[int], None]
+    judge: PairJudge, images: Sequence[np.ndarray], prompts: Sequence[str], each: int, advance: Callable[[int], None]
 ) -> np.ndarray:
     """Every two candidates of each prompt, which stand one after another, `each` a prompt."""
     scores = np.zeros(len(images))

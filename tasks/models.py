@@ -5,8 +5,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from scoring.scorers.pair_judge import Judge
 from scoring.scorers.registry import ScorerSource, load_scorer, parse_spec
-from scoring.scorers.scorer import Scorer
 from training.model.devices import resolve_device
 from training.model.loading import load_pipeline
 from training.model.reference import ModelRef
@@ -26,10 +26,10 @@ def pipeline_for(model: ModelRef, device: str, dtype: str) -> "DiffusionPipeline
     return _keep((model, device, dtype), lambda: load_pipeline(model, resolve_device(device), dtype))
 
 
-def scorer_for(spec: str, sources: Mapping[str, ScorerSource], device: str) -> Scorer:
+def scorer_for(spec: str, sources: Mapping[str, ScorerSource], device: str) -> Judge:
     """One scorer as an expression writes it; sources: what the preset binds names to."""
     key = (spec, repr(sources.get(parse_spec(spec).name)), device)
-    scorer: Scorer = _keep(key, lambda: load_scorer(spec, sources, resolve_device(device)))
+    scorer: Judge = _keep(key, lambda: load_scorer(spec, sources, resolve_device(device)))
     return scorer
 
 

@@ -1,7 +1,7 @@
 """Pictures that were just drawn, kept in memory so that scoring need not decode the files again.
 
 Only where the file gives back the very same pixels: a PNG does, a JPEG does not, and what is scored is always what
-is stored. Bounded, the oldest shards go first.
+is stored. Bounded, the shards longest unused go first.
 """
 
 from collections.abc import Sequence
@@ -9,12 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from cachetools import LRUCache
 
 from data.pictures import open_image
 
 LIMIT = 2 << 30
 """Bytes of pictures that are kept at most: 2,700 of 512 x 512 pixels."""
-_kept: dict[Path, np.ndarray] = {}
+_kept: LRUCache[Path, np.ndarray] = LRUCache(LIMIT, getsizeof=lambda images: images.nbytes)
 
 
 def keep(shard: Path, images: np.ndarray, image_format: str) -> None:
@@ -22,11 +23,10 @@ def keep(shard: Path, images: np.ndarray, image_format: str) -> None:
     if image_format != "png" or images.nbytes > LIMIT:
         return
     _kept[shard] = images
-    while sum(kept.nbytes for kept in _kept.values()) > LIMIT:
-        del _kept[next(iter(_kept))]
 
 
 def forget() -> None:
+    """Give the memory back."""
     _kept.clear()
 
 

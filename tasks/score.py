@@ -11,6 +11,7 @@ from prefect import task
 
 from data.schema import read_metadata, score_schema
 from data.shards import ShardError, read_shard, write_shard
+from scoring.scorers.pair_judge import Judge, is_pair_judge
 from scoring.scorers.scorer import Scorer, info_of, score_images
 from tasks.compare import compared_scores
 from tasks.models import scorer_for
@@ -41,7 +42,7 @@ def score_shard(cycle: PlannedCycle, part: Part, scorer: str, index: int, execut
         return False
     title = f"{scorer} scores {part} shard {index + 1}/{files.shards}"
     with progress(title, candidates.num_rows, "image") as advance:
-        if getattr(judge, "compares", False):
+        if is_pair_judge(judge):
             stored, prompts = ([row[name] for row in candidates.to_pylist()] for name in ("image", "caption"))
             images = pictures(shard, slice(None), [image["bytes"] for image in stored])
             scores = compared_scores(judge, cycle, part, index, images, prompts, advance)
@@ -53,7 +54,7 @@ def score_shard(cycle: PlannedCycle, part: Part, scorer: str, index: int, execut
     return True
 
 
-def _check_adopted(path: Path, candidates: pa.Table, judge: Scorer) -> None:
+def _check_adopted(path: Path, candidates: pa.Table, judge: Judge) -> None:
     """Refuse scores that lie there and are not those that would be made now. Raises ShardError."""
     there = read_shard(path)
     if there["candidate_id"].to_pylist() != candidates["candidate_id"].to_pylist():

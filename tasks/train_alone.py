@@ -42,8 +42,8 @@ def training_folder(workspace: str, name: str, output: str | None) -> Path:
 def start_model(recipe: Recipe, adapter: str | None) -> ModelRef:
     """What training starts from and is held to: the base, or an earlier training on it.
 
-    adapter: folder of an adapter, or of a training. Raises ParameterError when it is neither, or of another base or
-    another shape.
+    adapter: folder of an adapter, or of a training. Raises ParameterError when it is neither, or of another base, and
+    ModelError when it has another shape.
     """
     base = ModelRef(recipe.base_model, recipe.revision)
     if adapter is None:

@@ -10,6 +10,8 @@ import abc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cachetools import LRUCache
+
 from scoring.scorers.images import Images
 from scoring.scorers.model import ModelScorer
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 KEPT_TEXTS = 4096
-"""Embeddings of prompts that are kept, the oldest go first: 16 MB at a width of 1024."""
+"""Embeddings of prompts that are kept, those longest unused go first: 16 MB at a width of 1024."""
 
 
 class CosineScorer(ModelScorer):
@@ -30,7 +32,7 @@ class CosineScorer(ModelScorer):
 
     def __init__(self, device: str, batch_size: int) -> None:
         super().__init__(device, batch_size)
-        self._texts: dict[tuple[str, ...], torch.Tensor] = {}
+        self._texts: LRUCache[tuple[str, ...], torch.Tensor] = LRUCache(KEPT_TEXTS, getsizeof=len)
 
     @abc.abstractmethod
     def _image_features(self, images: Images) -> torch.Tensor:
@@ -52,12 +54,13 @@ class CosineScorer(ModelScorer):
     def _embedded_texts(self, prompts: Sequence[str]) -> torch.Tensor:
         """Unit vectors (n, width) in float32 of the prompts."""
         distinct = tuple(dict.fromkeys(prompts))
-        if distinct not in self._texts:
-            self._texts[distinct] = _unit(self._chunks(self._text_features, distinct))
-            while len(self._texts) > 1 and sum(map(len, self._texts)) > KEPT_TEXTS:
-                del self._texts[next(iter(self._texts))]
+        texts = self._texts.get(distinct)
+        if texts is None:
+            texts = _unit(self._chunks(self._text_features, distinct))
+            if len(distinct) <= self._texts.maxsize:
+                self._texts[distinct] = texts
         row = {prompt: index for index, prompt in enumerate(distinct)}
-        return self._texts[distinct][[row[prompt] for prompt in prompts]]
+        return texts[[row[prompt] for prompt in prompts]]
 
     def close(self) -> None:
         self._texts.clear()

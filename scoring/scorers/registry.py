@@ -7,18 +7,18 @@ and last "package.module:Class".
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
+import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from importlib.metadata import entry_points
 from typing import Any
 
-from scoring.scorers.scorer import Scorer, ScoringError, info_of
+from scoring.scorers.pair_judge import Judge
+from scoring.scorers.scorer import ScoringError, info_of
 
 ENTRY_POINT_GROUP = "rlaif.scorers"
 BUILTINS = {
@@ -129,7 +129,7 @@ def check_scorer(spec: str, sources: Mapping[str, ScorerSource]) -> None:
         factory.check(source)
 
 
-def load_scorer(spec: str, sources: Mapping[str, ScorerSource], device: str = "cpu") -> Scorer:
+def load_scorer(spec: str, sources: Mapping[str, ScorerSource], device: str = "cpu") -> Judge:
     """Builds a scorer on `device` ("cpu", "cuda", "cuda:1"); built-ins read their weights at the first score.
 
     `spec`: see the top of this module. Plug-ins are called as Class(source=..., device=...), and with revision=,
@@ -140,7 +140,7 @@ def load_scorer(spec: str, sources: Mapping[str, ScorerSource], device: str = "c
     path, source = _locate(spec, sources)
     factory = _import(path)
     _check_arguments(spec, factory, source)
-    scorer: Scorer = factory(source=source.source, device=device, **_arguments(source))
+    scorer: Judge = factory(source=source.source, device=device, **_arguments(source))
     info = info_of(scorer)
     if source.preference_scale is not None:
         if info.higher_is_better != (source.preference_scale > 0):
@@ -203,8 +203,7 @@ def _import(path: str) -> Any:
     if not module or not attribute:
         raise ValueError(f'scorer {path!r} is not of the form "package.module:Class"')
     try:
-        start: Any = importlib.import_module(module)
-        return reduce(getattr, attribute.split("."), start)
+        return pkgutil.resolve_name(path)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"scorer {path!r} does not import: {error}") from error
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -69,13 +69,13 @@ class ScorerInfo:
 REQUIRED_INFO = [field.name for field in fields(ScorerInfo) if field.default is MISSING]
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """A function from (image, prompt) to a number, with weights behind it.
 
     A scorer may also have `takes_tensors = True`, and is then given a uint8 tensor (n, 3, height, width) as it is
-    instead of arrays; `load()`, which reads the weights that the first call of `score` would read; and
-    `compares = True` with `compare(first, second, prompts)`, which is then asked instead of `score` for the
-    probability that the first image of each prompt is preferred to the second.
+    instead of arrays; and `load()`, which reads the weights that the first call of `score` would read. What compares
+    two images instead is a `pair_judge.PairJudge`.
     """
 
     info: ScorerInfo
@@ -143,33 +143,6 @@ def score_images(scorer: Scorer, images: Images, prompts: Sequence[str]) -> np.n
             f"({len(bad)} of {len(scores)} scores are not finite)"
         )
     return scores
-
-
-def compare_images(scorer: Any, first: Images, second: Images, prompts: Sequence[str]) -> np.ndarray:
-    """Calls a scorer that compares (`scorer.compares`) and vouches for the result: float64 (n,) in [0, 1].
-
-    Entry i is the probability that first image i is preferred to second image i for prompt i. Raises ValueError for
-    inputs that are no images and prompts of equal number, ScoringError, naming the scorer, for another result.
-    """
-    check_inputs(first, prompts)
-    check_inputs(second, prompts)
-    if not len(prompts):
-        return np.zeros(0)
-    try:
-        values = np.asarray(scorer.compare(first, second, prompts), dtype=np.float64)
-    except ScoringError:
-        raise
-    except Exception as error:
-        what = f"{len(prompts)} comparisons, first prompt {prompts[0]!r}"
-        raise ScoringError(
-            f"scorer {info_of(scorer).name!r} failed on {what}: {type(error).__name__}: {error}"
-        ) from error
-    if values.shape != (len(prompts),) or not ((values >= 0) & (values <= 1)).all():
-        raise ScoringError(
-            f"scorer {info_of(scorer).name!r} compared {len(prompts)} pairs and returned {values.shape}: {values[:8]}; "
-            f"expected probabilities of shape ({len(prompts)},)"
-        )
-    return values
 
 
 def _blamed(scorer: Scorer, name: str, images: Images, prompts: Sequence[str], error: Exception) -> ScoringError:

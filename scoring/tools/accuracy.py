@@ -24,6 +24,7 @@ from data.pictures import open_image
 from scoring.labels.combine import order
 from scoring.labels.expressions import Expression, Leaf, leaves, parse
 from scoring.labels.soft_labels import fit_scale, log_loss, preference_probability
+from scoring.scorers.pair_judge import as_scorer
 from scoring.scorers.registry import ScorerSource, known_scorers, load_scorer, parse_spec
 from scoring.scorers.scorer import Scorer, ScorerInfo, ScoringError, info_of, score_images
 from scoring.verdict.pair_statistics import (
@@ -46,7 +47,7 @@ class ScoredPairs:
     """float64, shape (n, scorers, 2), in units of each scorer."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Accuracy:
     """What one scorer is worth on one labelled set."""
 
@@ -177,10 +178,13 @@ def measure(
     own, fitted = info.preference_scale, fit_scale(difference, labels)
     probability = preference_probability(difference, fitted if own is None else own)
     return Accuracy(
-        spec, info.name, info.version, info.unit, info.fingerprint, info.weights, accuracy, low, high,
-        pickscore_accuracy(probability, labels, tie_threshold), tie_threshold,
-        hpdv2_accuracy(order, labels, prompt_ids), imagereward_accuracy(order, labels), own, fitted,
-        None if own is None else log_loss(difference, labels, own), log_loss(difference, labels, fitted),
+        scorer=spec, name=info.name, version=info.version, unit=info.unit, fingerprint=info.fingerprint,
+        weights=info.weights, accuracy=accuracy, low=low, high=high,
+        pickscore_accuracy=pickscore_accuracy(probability, labels, tie_threshold), tie_threshold=tie_threshold,
+        hpdv2_accuracy=hpdv2_accuracy(order, labels, prompt_ids),
+        imagereward_accuracy=imagereward_accuracy(order, labels), preference_scale=own, fitted_scale=fitted,
+        log_loss=None if own is None else log_loss(difference, labels, own),
+        fitted_log_loss=log_loss(difference, labels, fitted),
     )  # fmt: skip
 
 
@@ -229,10 +233,7 @@ def _report(options: argparse.Namespace) -> dict[str, object]:
     labelled = read_labelled(options.set, options.images, options.split)
     expressions = [parse(text, known_scorers(sources)) for text in options.scorer]
     specs = list(dict.fromkeys(leaf for expression in expressions for leaf in leaves(expression)))
-    scorers = [load_scorer(spec, sources, options.device) for spec in specs]
-    for spec, scorer in zip(specs, scorers, strict=True):
-        if getattr(scorer, "compares", False):
-            raise ValueError(f"scorer {spec!r} compares two images and gives no score; leave out its mode")
+    scorers = [as_scorer(load_scorer(spec, sources, options.device), spec) for spec in specs]
     stream = tqdm(itertools.islice(labelled, options.limit), total=options.limit, unit=" pairs", disable=None)
     scored = score_pairs(stream, scorers, options.batch_size)
     infos = {spec: info_of(scorer) for spec, scorer in zip(specs, scorers, strict=True)}
@@ -243,6 +244,9 @@ def _report(options: argparse.Namespace) -> dict[str, object]:
     ]
     for scorer in scorers:
         scorer.close()
+    agreed = agreements(
+        options.scorer, [info for info, _ in judged], np.stack([scores for _, scores in judged], axis=1)
+    )
     report: dict[str, object] = {
         "set": labelled.name,
         "pairs": len(scored.labels),
@@ -250,11 +254,9 @@ def _report(options: argparse.Namespace) -> dict[str, object]:
         "prompts": len(set(scored.prompt_ids)),
         "unlabelled": labelled.unlabelled,
         "scorers": [_numbers(result) for result in results],
-        "agreement": agreements(
-            options.scorer, [info for info, _ in judged], np.stack([scores for _, scores in judged], axis=1)
-        ),
+        "agreement": agreed,
     }
-    _print(report, results)
+    _print(report, results, agreed)
     return report
 
 
@@ -263,7 +265,7 @@ def _numbers(result: Accuracy) -> dict[str, object]:
     return {name: None if value != value else value for name, value in asdict(result).items()}
 
 
-def _print(report: Mapping[str, object], results: Sequence[Accuracy]) -> None:
+def _print(report: Mapping[str, object], results: Sequence[Accuracy], agreed: Mapping[str, float]) -> None:
     facts = "{pairs} pairs of {prompts} prompts, {decided} decided; {unlabelled} rows without a label passed over"
     print(f"{report['set']}: {facts.format(**report)}")
     for result in results:
@@ -279,9 +281,7 @@ def _print(report: Mapping[str, object], results: Sequence[Accuracy]) -> None:
             scale = f"{result.log_loss:.4f} at scale {result.preference_scale:g}"
         print(f"  log loss a pair: chance {np.log(2):.4f}, {scale}, fitted {result.fitted_log_loss:.4f}")
         print(preset_lines(result.scorer, result.fitted_scale))
-    agreement = report["agreement"]
-    assert isinstance(agreement, dict)
-    for pair, share in agreement.items():
+    for pair, share in agreed.items():
         print(f"\nordered alike by {pair}: {share:.4f}")
 
 

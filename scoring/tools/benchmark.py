@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data.pictures import open_image
+from scoring.scorers.pair_judge import as_scorer
 from scoring.scorers.registry import load_scorer
 from scoring.scorers.scorer import Scorer, ScoringError, info_of, score_images
 from scoring.verdict.intervals import mean_difference_interval
@@ -39,7 +41,7 @@ class Item:
     prompt: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of the table, in hundredths where the scores are cosines."""
 
@@ -118,7 +120,10 @@ def fold_means(values: np.ndarray) -> np.ndarray:
 
 def _row(style: str, values: np.ndarray, folds: np.ndarray) -> Row:
     low, high = mean_difference_interval(values, 0.95)
-    return Row(style, len(values), float(values.mean()), low, high, float(folds.mean()), float(folds.std()))
+    return Row(
+        style=style, images=len(values), mean=float(values.mean()), low=low, high=high, compatible=float(folds.mean()),
+        fold_std=float(folds.std()),
+    )  # fmt: skip
 
 
 def _average(values: Iterable[np.ndarray]) -> Row:
@@ -126,7 +131,7 @@ def _average(values: Iterable[np.ndarray]) -> Row:
     together = np.concatenate(list(values))
     low, high = mean_difference_interval(together, 0.95)
     mean = float(together.mean())
-    return Row("Average", len(together), mean, low, high, mean, None)
+    return Row(style="Average", images=len(together), mean=mean, low=low, high=high, compatible=mean, fold_std=None)
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -142,24 +147,27 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join("  ".join(text.ljust(width) for text, width in line).rstrip() for line in lines)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0, or 2 after a message on standard error."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("images", type=Path)
     parser.add_argument("prompts", type=Path)
     parser.add_argument("--scorer", default="hpsv2:v2.1")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=64)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     try:
         items = find_items(given.images, given.prompts)
-        scorer = load_scorer(given.scorer, {}, given.device)
+        scorer = as_scorer(load_scorer(given.scorer, {}, given.device), given.scorer)
         info, scores = info_of(scorer), score_items(scorer, items, given.batch)
     except (ValueError, ScoringError) as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     factor = 100.0 if info.unit == "cosine" else 1.0
     print(f"{info.name} {info.version}, {info.preprocessing}, fingerprint {info.fingerprint}, scores x {factor:g}")
     print(table(summarise(scores, factor)))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

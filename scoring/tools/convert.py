@@ -128,7 +128,7 @@ def _sha256(path: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 0, or 1 after a message on stderr."""
+    """The command: 0, or 2 after a message on standard error."""
     parser = argparse.ArgumentParser(prog="python -m scoring.convert", description=DESCRIPTION)
     parser.add_argument("source", type=Path, metavar="IN.pt")
     parser.add_argument("target", type=Path, metavar="OUT.safetensors")
@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         done = convert(**vars(given))
     except (ScoringError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(f"{done.source_digest}  {given.source}\n{done.target_digest}  {given.target}")
     print(f"{done.tensors} tensors", file=sys.stderr)
     return 0

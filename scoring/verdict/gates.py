@@ -1,8 +1,9 @@
-"""From the verdicts of all judges to one decision: whether the tuned model replaces the champion."""
+"""From the verdicts of all judges to one decision: whether the tuned model replaces the champion.
 
-from __future__ import annotations
+A gate is a rule by name: a new one is a function and an entry of `GATES`.
+"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scoring.verdict.verdict import Verdict
@@ -18,7 +19,11 @@ class GateDecision:
     """Sentences: first the rule that decided, then each held-out judge, then the judges that have no vote."""
 
 
-def gate(verdicts: Sequence[Verdict]) -> GateDecision:
+Gate = Callable[[Sequence[Verdict]], GateDecision]
+"""A rule that makes one decision out of the verdicts of all judges."""
+
+
+def better_for_one_worse_for_none(verdicts: Sequence[Verdict]) -> GateDecision:
     """Accepts a tuned model that a held-out judge finds better and that no held-out judge finds worse.
 
     Better: the whole interval of the win rate lies above 0.5 (low > 0.5). Worse: the whole interval lies
@@ -57,3 +62,14 @@ def _sentence(verdict: Verdict) -> str:
         f"({verdict.wins} wins, {verdict.ties} ties, {verdict.losses} losses; sign test "
         f"p = {verdict.p_value:.3g}, Holm {verdict.p_holm:.3g})."
     )
+
+
+GATES: dict[str, Gate] = {"better-for-one-worse-for-none": better_for_one_worse_for_none}
+DEFAULT = "better-for-one-worse-for-none"
+
+
+def gate(verdicts: Sequence[Verdict], name: str = DEFAULT) -> GateDecision:
+    """The decision of the gate of that name. Raises ValueError for an unknown name."""
+    if name not in GATES:
+        raise ValueError(f"unknown gate {name!r}; known gates: {', '.join(sorted(GATES))}")
+    return GATES[name](verdicts)

@@ -6,16 +6,15 @@ images of one prompt are averaged first, because images of one prompt are not in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from scoring.verdict.intervals import holm, mean_difference_interval, sign_test, wilson_interval, win_rate_interval
+from scoring.verdict.intervals import holm, mean_difference_interval, sign_test, win_rate_interval
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What one judge says about the tuned model against the base model, over independent prompts."""
 
@@ -79,9 +78,10 @@ def judge_pairs(
     mean_low, mean_high = mean_difference_interval(difference, confidence)
     p_value = sign_test(wins, losses)
     return Verdict(
-        judge, held_out, len(difference), wins, ties, losses, (wins + ties / 2) / len(difference), low, high,
-        confidence, p_value, p_value, float(difference.mean()), mean_low, mean_high,
-        float(sides[0].mean()), float(sides[1].mean()),
+        judge=judge, held_out=held_out, prompts=len(difference), wins=wins, ties=ties, losses=losses,
+        win_rate=(wins + ties / 2) / len(difference), low=low, high=high, confidence=confidence, p_value=p_value,
+        p_holm=p_value, mean_difference=float(difference.mean()), mean_difference_low=mean_low,
+        mean_difference_high=mean_high, mean_base=float(sides[0].mean()), mean_tuned=float(sides[1].mean()),
     )  # fmt: skip
 
 
@@ -89,36 +89,6 @@ def with_holm(verdicts: Sequence[Verdict]) -> list[Verdict]:
     """The same verdicts with `p_holm` adjusted over all of them by Holm's method."""
     adjusted = holm([verdict.p_value for verdict in verdicts])
     return [replace(verdict, p_holm=p) for verdict, p in zip(verdicts, adjusted, strict=True)]
-
-
-def agreement(
-    a: np.ndarray, b: np.ndarray, groups: Sequence[str], confidence: float = 0.95
-) -> tuple[float, float, float, int]:
-    """How often scorer `a` orders two candidates of a group as the truth `b` does: accuracy, low, high, n.
-
-    `a`, `b`: shape (n,), oriented alike. `groups`: n ids; only candidates of one group are compared. Pairs
-    tied in `b` are skipped, pairs tied in `a` alone count one half. The interval is Wilson's over pairs;
-    pairs of one group share candidates, so it is too narrow by an unknown amount. No pair at all gives (nan,
-    0, 1, 0).
-    Raises ValueError for lengths that differ or a NaN or infinite score.
-    """
-    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    codes = _group_codes(first, second, groups, "agreement")
-    agreed, pairs = 0.0, 0
-    for code in range(int(codes.max(initial=-1)) + 1):
-        members = codes == code
-        score, truth = _pairwise_signs(first[members]), _pairwise_signs(second[members])
-        agreed += float((1 + score * truth)[truth != 0].sum()) / 2
-        pairs += int((truth != 0).sum())
-    low, high = wilson_interval(agreed, pairs, confidence)
-    return agreed / pairs if pairs else math.nan, low, high, pairs
-
-
-def _pairwise_signs(values: np.ndarray) -> np.ndarray:
-    """Sign of the difference of every two values, shape (k (k - 1) / 2,)."""
-    first, second = np.triu_indices(len(values), 1)
-    signs: np.ndarray = np.sign(values[first] - values[second])
-    return signs
 
 
 def _count(goodness: np.ndarray, tie_tolerance: float) -> tuple[int, int, int]:

@@ -127,11 +127,11 @@ def test_an_earlier_training_is_where_it_starts_and_its_reference(
     assert start_model(preset_of(tiny_preset), str(trained / "adapter")) == model
     full = run(tiny_preset, tmp_path, pairs, name="full", training={"method": "full", "steps": 1})
     assert start_model(preset_of(tiny_preset), str(full)) == ModelRef(model.base, network=str(full / "unet"))
-    with pytest.raises(ParameterError, match=r"has rank \[4\] and alpha 4, but training\.lora_rank=8"):
+    with pytest.raises(ValueError, match=r"has rank \[4\] and alpha 4, but training\.lora_rank=8"):
         run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), training={"lora_rank": 8})
-    with pytest.raises(ParameterError, match=r"has rank \[4\] and alpha 4, .* training\.lora_alpha=2"):
+    with pytest.raises(ValueError, match=r"has rank \[4\] and alpha 4, .* training\.lora_alpha=2"):
         run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), training={"lora_alpha": 2})
-    with pytest.raises(ParameterError, match=r"adapter=.*to_k.*training\.lora_targets=\['to_q'\] means 8"):
+    with pytest.raises(ValueError, match=r"adapter=.*to_k.*training\.lora_targets=\['to_q'\] means 8"):
         run(tiny_preset, tmp_path, pairs, name="x", adapter=str(trained), training={"lora_targets": ["to_q"]})
     with pytest.raises(ParameterError, match=r"adapter='nowhere': there is no pytorch_lora_weights"):
         run(tiny_preset, tmp_path, pairs, name="x", adapter="nowhere")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cachetools import LRUCache
 
 from data.pictures import encode_image
 from tasks import pictures
@@ -31,6 +32,7 @@ def test_memory_and_file_give_the_same_pixels(kind: str, kept: bool) -> None:
 
 def test_the_oldest_shards_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "LIMIT", 2 * drawn().nbytes)
+    monkeypatch.setattr(pictures, "_kept", LRUCache(pictures.LIMIT, getsizeof=lambda images: images.nbytes))
     for name in "abc":
         pictures.keep(Path(name), drawn(), "png")
     assert [len(pictures.pictures(Path(name), slice(None), [])) for name in "abc"] == [0, 5, 5]

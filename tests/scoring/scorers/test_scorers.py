@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cachetools import LRUCache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scoring.scorers import cosine
 from scoring.scorers.registry import ScorerSource, load_scorer
 from scoring.scorers.scorer import ScoringError, score_images
 from tests.scoring.conftest import SHAPES
@@ -163,11 +163,13 @@ def test_kept_texts_do_not_change_scores(
     tiny_scorer.score(images[:2], [captions[1], "something else"])
     np.testing.assert_array_equal(tiny_scorer.score(images, captions), first)
     assert len(tiny_scorer._texts) == 2
-    monkeypatch.setattr(cosine, "KEPT_TEXTS", 3)
-    tiny_scorer.score(images[:1], ["makes the others go"])
-    assert list(tiny_scorer._texts) == [(captions[1], "something else"), ("makes the others go",)]
+    monkeypatch.setattr(tiny_scorer, "_texts", LRUCache(3, getsizeof=len))
+    tiny_scorer.score(images[:2], [captions[1], "something else"])
+    tiny_scorer.score(images[:1], ["takes the last place"])
+    tiny_scorer.score(images[:1], ["makes the longest unused go"])
+    assert list(tiny_scorer._texts) == [("takes the last place",), ("makes the longest unused go",)]
     np.testing.assert_array_equal(tiny_scorer.score(images, captions), first)
-    assert len(tiny_scorer._texts) == 1
+    assert len(tiny_scorer._texts) == 2, "more than there is room for is not kept"
 
 
 def test_a_repeated_prompt_is_embedded_once(tiny_scorer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

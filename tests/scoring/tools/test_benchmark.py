@@ -1,6 +1,7 @@
 """The benchmark table against the one that the original package prints for the same folder."""
 
 import json
+import re
 import sys
 import types
 from collections.abc import Iterator
@@ -43,9 +44,9 @@ def evaluation() -> Iterator[types.ModuleType]:
         yield module
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
     monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, arguments)])
-    benchmark.main()
+    return benchmark.main()
 
 
 def test_the_table_has_the_digits_of_the_original(
@@ -76,7 +77,10 @@ def test_rows_by_hand() -> None:
     first, average = summarise({"x": values})
     half = 1.9842169515 * np.sqrt(400 / 99) / 10
     assert fold_means(values).tolist() == [0, 5]
-    assert first == Row("x", 100, 1, pytest.approx(1 - half), pytest.approx(1 + half), 2.5, 2.5)
+    assert first == Row(
+        style="x", images=100, mean=1, low=pytest.approx(1 - half), high=pytest.approx(1 + half), compatible=2.5,
+        fold_std=2.5,
+    )  # fmt: skip
     assert (average.style, average.mean, average.compatible, average.fold_std) == ("Average", 1, 1, None)
     both = summarise({"x": values, "y": np.float32([3, 3])}, factor=100)[-1]
     assert both.images == 102 and both.mean == both.compatible == pytest.approx(100 * 106 / 102)
@@ -105,16 +109,20 @@ def test_prompts_of_another_form_are_refused(text: str | None, tmp_path: Path) -
 
 
 def test_wrong_folders_end_in_one_line(
-    folders: tuple[Path, Path], hpsv2_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folders: tuple[Path, Path],
+    hpsv2_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     images, prompts = folders
-    with pytest.raises(SystemExit, match=r"error: .*: no folder with a sub-folder"):
-        _run(monkeypatch, tmp_path, prompts)
-    with pytest.raises(SystemExit, match=r"error: .*anime.json: no list of prompts"):
-        _run(monkeypatch, images, tmp_path)
+    assert _run(monkeypatch, tmp_path, prompts) == 2
+    assert re.search(r"error: .*: no folder with a sub-folder", capsys.readouterr().err)
+    assert _run(monkeypatch, images, tmp_path) == 2
+    assert re.search(r"error: .*anime.json: no list of prompts", capsys.readouterr().err)
     (tmp_path / "pictures" / "anime").mkdir(parents=True)
     (tmp_path / "anime.json").write_text('["a", "b"]')
     for number in (0, 1):
         (tmp_path / "pictures" / "anime" / f"{number:05d}.jpg").write_text("no picture")
-    with pytest.raises(SystemExit, match=r"error: .*00000.jpg: is no picture"):
-        _run(monkeypatch, tmp_path / "pictures", tmp_path, "--scorer", f"hpsv2?source={hpsv2_folder}")
+    assert _run(monkeypatch, tmp_path / "pictures", tmp_path, "--scorer", f"hpsv2?source={hpsv2_folder}") == 2
+    assert re.search(r"error: .*00000.jpg: is no picture", capsys.readouterr().err)

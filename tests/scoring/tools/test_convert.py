@@ -97,7 +97,7 @@ def test_a_poisoned_file_is_refused_and_nothing_runs(bomb: type, tmp_path: Path,
     for i, zipped in enumerate((True, False)):
         source, ran = tmp_path / f"{i}.pt", tmp_path / "ran"
         torch.save({"state_dict": _state(), "extra": bomb(ran)}, source, _use_new_zipfile_serialization=zipped)
-        assert main([str(source), str(tmp_path / "out.safetensors")]) == 1
+        assert main([str(source), str(tmp_path / "out.safetensors")]) == 2
         message = capsys.readouterr().err
         assert message.startswith(f"error: {source}: not a checkpoint of plain tensors; refused")
         assert "save the tensors of its state dict alone" in message and "scoring.convert" in message
@@ -111,7 +111,7 @@ def test_an_existing_target_is_kept_unless_forced(tmp_path: Path, capsys: pytest
     source, target = tmp_path / "in.pt", tmp_path / "out.safetensors"
     torch.save(_state(), source)
     target.write_text("precious")
-    assert main([str(source), str(target)]) == 1
+    assert main([str(source), str(target)]) == 2
     assert capsys.readouterr().err == f"error: {target} exists; --force replaces it\n"
     assert target.read_text() == "precious"
     assert main([str(source), str(target), "--force"]) == 0

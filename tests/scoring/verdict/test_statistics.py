@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from scipy import optimize
 from scipy import stats as scipy_stats
 
+from scoring.verdict.intervals import wilson_interval
 from scoring.verdict.verdict import (
-    agreement,
     holm,
     mean_difference_interval,
     sign_test,
-    wilson_interval,
     win_rate_interval,
 )
 
@@ -154,26 +153,6 @@ def test_mean_difference_is_the_paired_t_interval(differences: list[float], conf
 
 def test_equal_differences_give_a_degenerate_interval() -> None:
     assert mean_difference_interval([0.5, 0.5, 0.5], 0.95) == (0.5, 0.5)
-
-
-def _agreement_by_definition(a: list[int], b: list[int], groups: list[str]) -> tuple[float, int]:
-    outcomes = [
-        0.5 if a[i] == a[j] else float((a[i] > a[j]) == (b[i] > b[j]))
-        for i in range(len(a))
-        for j in range(i)
-        if groups[i] == groups[j] and b[i] != b[j]
-    ]
-    return sum(outcomes), len(outcomes)
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from("xyz")), max_size=12))
-def test_agreement_against_its_definition(rows: list[tuple[int, int, str]]) -> None:
-    a, b, groups = ([row[i] for row in rows] for i in range(3))
-    agreed, pairs = _agreement_by_definition(a, b, groups)
-    accuracy, low, high, n = agreement(np.array(a), np.array(b), groups)
-    assert n == pairs
-    assert (low, high) == wilson_interval(agreed, pairs)
-    assert accuracy == agreed / pairs if pairs else math.isnan(accuracy) and (low, high) == (0, 1)
 
 
 def test_wrong_counts_and_levels_are_refused() -> None:

@@ -97,7 +97,11 @@ def test_judge_pairs_refuses_what_it_cannot_judge() -> None:
 
 def _verdict(judge: str, held_out: bool, low: float, high: float, p: float = 0.5) -> Verdict:
     middle = (low + high) / 2
-    return Verdict(judge, held_out, 100, 50, 0, 50, middle, low, high, 0.95, p, p, 0.0, -1.0, 1.0, 0.0, 0.0)
+    return Verdict(
+        judge=judge, held_out=held_out, prompts=100, wins=50, ties=0, losses=50, win_rate=middle, low=low, high=high,
+        confidence=0.95, p_value=p, p_holm=p, mean_difference=0.0, mean_difference_low=-1.0, mean_difference_high=1.0,
+        mean_base=0.0, mean_tuned=0.0,
+    )  # fmt: skip
 
 
 def test_with_holm_adjusts_over_all_judges() -> None:
