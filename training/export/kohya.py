@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.safetensors_file import read_metadata, save_tensors
+from data.safetensors_file import read_header, save_tensors
 from training.adapter.layers import CONFIG, Layer, Tensors, read_layers
 from training.export.finished import finished_adapter
 from training.model.reference import ModelError, model_index
@@ -197,7 +197,7 @@ def write_kohya(adapter: Path, target: Path, base: Base, title: str = "", dtype:
     import torch
     from safetensors.torch import load_file
 
-    known = read_metadata(adapter)
+    known = read_header(adapter)
     layers = read_layers(load_file(adapter), json.loads(known.get(CONFIG, "{}")))
     state = to_kohya(layers, base)
     if dtype is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from data.files import publish_folder
-from data.safetensors_file import add_metadata
+from data.safetensors_file import add_to_header
 from training.adapter.shape import check_text_encoders
 from training.loop.checkpoint import CheckpointRecord, Tensors, load_state, save_state, weights_sha256
 from training.loop.dataset import PairBatch, PreferencePairs, positions_of_step, share_of
@@ -256,7 +256,7 @@ class Run:
                 model=plan.model, loss=plan.loss, beta=plan.beta, kappa=kappa_of(plan.beta), steps=plan.steps,
                 pairs=Path(plan.pairs), version=plan.version,
             )  # fmt: skip
-            add_metadata(file, told)
+            add_to_header(file, told)
 
     def _publish(self, output: Path, trained: Tensors, history: list[Metrics]) -> None:
         plan = self.plan
