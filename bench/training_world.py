@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.columns import latent_column
 from data.ids import image_uid, pair_id, prompt_id
-from data.manifest import write_manifest
+from data.manifest import make_manifest, write_manifest
 from data.schema import IMAGE, pair_schema
 from data.shards import write_shard
 from tests.tiny import ALL_MERGES, MERGES, SPECIAL, clip_tokenizer
@@ -165,7 +165,7 @@ class Shards:
             pa.table(columns).select(schema.names).cast(schema) for columns in _columns(parts, self.table, schema)
         ]
         record = write_shard(folder / "00000-of-00001.arrow", pa.concat_tables(tables), schema)
-        write_manifest(folder, {SPLIT: [record]}, "bench", "2026-01-01T00:00:00+00:00")
+        write_manifest(folder, make_manifest({SPLIT: [record]}, "bench", "2026-01-01T00:00:00+00:00"))
         return folder
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import pyarrow as pa
 
 from data.files import StrPath, file_sha256, write_json
-from data.rows import repeated_ids, row_problems
+from data.row_checks import repeated_ids, row_problems
 from data.schema import SCHEMA_VERSION, schema_difference
 from data.shards import ShardError, ShardRecord, batches_of, check_major, count_rows, open_shard, readable
 
@@ -59,9 +59,8 @@ def make_manifest(records: Splits, config_hash: str, created_at: str) -> Manifes
     return Manifest(dataset_id, SCHEMA_VERSION, config_hash, created_at, splits)
 
 
-def write_manifest(folder: StrPath, records: Splits, config_hash: str, created_at: str) -> Path:
-    """Seal a folder whose shards are all published; refuse when one is absent or has another size."""
-    manifest = make_manifest(records, config_hash, created_at)
+def write_manifest(folder: StrPath, manifest: Manifest) -> Path:
+    """Seal a folder whose shards are all published. Raises ShardError when one is absent or has another size."""
     for shard in manifest.shards:
         _check_size(Path(folder), shard)
     splits = {split: _split_entry(shards) for split, shards in manifest.splits.items()}
@@ -103,7 +102,7 @@ def verify(folder: StrPath, level: Level = "checksum") -> Manifest:
     open:     manifest, no stray shard, sizes, footers, row counts, schema version, one schema. Instant, and
               blind to changed bytes.
     checksum: and the sha256 of each file. Once per machine before training.
-    deep:     and each row: see `data.rows.row_problems`, and ids are unique. After writing, or in doubt.
+    deep:     and each row: see `data.row_checks.row_problems`, and ids are unique. After writing, or in doubt.
     """
     if level not in get_args(Level):
         raise ValueError(f"level is {level!r}, expected one of {get_args(Level)}")

@@ -3,19 +3,15 @@
 Knows nothing of models, scorers or the flow that calls it. What makes a folder of shards a data set: `data.manifest`.
 """
 
-import bisect
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import pyarrow as pa
 
-from data.columns import latents
 from data.files import StrPath, file_sha256, published
 from data.schema import check_version, column_difference, read_metadata, schema_difference
 
@@ -135,50 +131,8 @@ def read_shard(path: StrPath, columns: Sequence[str] | None = None) -> pa.Table:
         return reader.read_all().select(names)
 
 
-class ShardRows:
-    """Random access to the rows of one shard.
-
-    Pickles as its path: a mapping cannot travel to a worker, and a record batch would travel as a copy.
-    """
-
-    def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
-        reader = open_shard(self.path)
-        self.schema: pa.Schema = reader.schema
-        with readable(self.path):  # opening a batch costs ten times what reading a row of it does
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
-
-    def __reduce__(self) -> tuple[type["ShardRows"], tuple[Path]]:
-        return type(self), (self.path,)
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def row(self, index: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
-        """One row; latents and embeddings as read-only float16 views, images as {"bytes", "path"}."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path}: row {index} asked, the shard has rows 0 to {len(self) - 1}")
-        which = bisect.bisect_right(self._ends, index)
-        batch = self._batches[which]
-        local = index - self._ends[which] + batch.num_rows
-        names = self.schema.names if columns is None else columns
-        return {name: _cell(batch.column(name), local) for name in names}
-
-    def column_array(self, name: str) -> np.ndarray:
-        """A whole column as numpy: latents as (row, value), nulls of number columns as NaN."""
-        kind = self.schema.field(name).type
-        column = pa.chunked_array([batch.column(name) for batch in self._batches], kind)
-        return latents(column) if pa.types.is_fixed_size_list(kind) else column.to_numpy()
-
-
-def _cell(column: pa.Array, row: int) -> Any:
-    if pa.types.is_fixed_size_list(column.type):
-        return latents(column.slice(row, 1))[0]
-    return column[row].as_py()
-
-
 def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a shard, BATCH_ROWS at a time."""
     reader = open_shard(path)
     for index in range(reader.num_record_batches):
         yield reader.get_batch(index)

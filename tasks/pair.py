@@ -2,8 +2,8 @@
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,10 @@ import numpy as np
 import pyarrow as pa
 from prefect import task
 
-from data.card import dataset_card
-from data.files import write_text
-from data.ids import pair_id, score_column
-from data.manifest import MANIFEST, make_manifest, read_manifest, write_manifest
+from data.manifest import MANIFEST, read_manifest
+from data.preference_rows import Pairs, Side, preference_table
 from data.schema import pair_schema, read_metadata
+from data.sealing import seal
 from data.shards import ShardRecord, read_shard, write_shard
 from scoring.labels.combine import winner_probabilities
 from scoring.labels.expressions import Expression, leaves
@@ -74,7 +73,7 @@ def write_pairs(cycle: Cycle, expression: Expression, pairing: Pairing, scorers:
     }
     shards = range(plan.shards("training"))
     records = [_write_shard(cycle, plan, index, labels, scored.scores, metadata, target) for index in shards]
-    _seal(target, plan, records, metadata)
+    seal(target, {"train": records}, plan.config_hash(), metadata)
     rows = sum(record.rows for record in records)
     log.info("%d pairs from %d prompts, labelled by %s", rows, len(labels.pairs), expression)
     return rows
@@ -112,42 +111,50 @@ def _write_shard(
     chosen = [(prompt, pair) for prompt in prompts for pair in labels.pairs[first + prompt]]
     sure = [probability for prompt in prompts for probability in labels.probabilities[first + prompt]]
     # Which side the winner stands on is a coin flip by content, so that no reader can learn "side 0 wins".
-    sides = [_ordered(candidates, prompt * each + pair.winner, prompt * each + pair.loser) for prompt, pair in chosen]
-    columns = _pair_columns(candidates, sides)
-    own = pa.array([prompt for prompt, _ in chosen], pa.int64())
-    for name, column in {"embedding": "prompt_embedding", "pooled": "pooled_embedding"}.items():
-        if name in embeddings.schema.names:
-            columns[column] = embeddings[name].combine_chunks().take(own)
-    offset = first * each
-    for name, values in scores.items():
-        for side in (0, 1):
-            taken = values[[offset + rows[side] for rows in sides]]
-            columns[score_column(name, side)] = pa.array(taken, pa.float32())
-    won = [rows[0] == prompt * each + pair.winner for rows, (prompt, pair) in zip(sides, chosen, strict=True)]
-    columns |= _label_columns(won, sure)
-    columns["margin"] = pa.array([pair.margin for _, pair in chosen], pa.float32())
+    rows = [_ordered(candidates, prompt * each + pair.winner, prompt * each + pair.loser) for prompt, pair in chosen]
+    won = [sides[0] == prompt * each + pair.winner for sides, (prompt, pair) in zip(rows, chosen, strict=True)]
+    own = {name: scores[name][first * each :] for name in scores}
+    sides = (_side(candidates, own, [left for left, _ in rows]), _side(candidates, own, [right for _, right in rows]))
+    whose = candidates.take(pa.array([left for left, _ in rows], pa.int64()))
+    prompt_rows = pa.array([prompt for prompt, _ in chosen], pa.int64())
+    pairs = Pairs(
+        prompt_ids=whose["prompt_id"],
+        captions=whose["caption"],
+        config_hashes=whose["config_hash"],
+        sides=sides,
+        label_0=[float(wins) for wins in won],
+        soft_label_0=[p if p is None or wins else 1 - p for wins, p in zip(won, sure, strict=True)],
+        margins=[pair.margin for _, pair in chosen],
+        prompt_embeddings=embeddings["embedding"].take(prompt_rows),
+        pooled_embeddings=embeddings["pooled"].take(prompt_rows) if "pooled" in embeddings.schema.names else None,
+    )
+    schema = _schema(candidates.schema, embeddings.schema, list(scores), metadata)
+    return write_shard(target / shard_name(index, plan.shards("training")), preference_table(pairs, schema), schema)
+
+
+def _side(candidates: pa.Table, scores: Mapping[str, np.ndarray], rows: list[int]) -> Side:
+    """The candidates that stand on one side; scores: of the candidates."""
+    taken = candidates.take(pa.array(rows, pa.int64()))
+    return Side(
+        images=taken["image"],
+        uids=taken["image_uid"],
+        latents=taken["latent"],
+        seeds=taken["seed"],
+        models=taken["model"],
+        scores={name: values[rows] for name, values in scores.items()},
+    )
+
+
+def _schema(candidates: pa.Schema, embeddings: pa.Schema, scorers: list[str], metadata: dict[str, Any]) -> pa.Schema:
+    """Of the shard, from those of the candidates and embeddings it is made of."""
     shapes = {
-        "latent": read_metadata(candidates.schema)["latent"],
-        "embedding": read_metadata(embeddings.schema)["embedding"],
+        "latent": read_metadata(candidates)["latent"],
+        "embedding": read_metadata(embeddings)["embedding"],
     }
-    schema = pair_schema(
-        candidates.schema.field("latent").type.list_size, embeddings.schema.field("embedding").type.list_size,
-        list(scores), {**metadata, **shapes}, _size(embeddings.schema, "pooled"),
+    return pair_schema(
+        candidates.field("latent").type.list_size, embeddings.field("embedding").type.list_size, scorers,
+        {**metadata, **shapes}, _size(embeddings, "pooled"),
     )  # fmt: skip
-    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-    return write_shard(target / shard_name(index, plan.shards("training")), table, schema)
-
-
-def _label_columns(won: list[bool], sure: list[float | None]) -> dict[str, pa.Array]:
-    """Hard and soft labels; won: whether side 0 did; sure: P(winner preferred) where it is known."""
-    first = [p if p is None or w else 1 - p for w, p in zip(won, sure, strict=True)]
-    return {
-        "label_0": pa.array([float(w) for w in won], pa.float32()),
-        "label_1": pa.array([float(not w) for w in won], pa.float32()),
-        "soft_label_0": pa.array(first, pa.float32()),
-        "soft_label_1": pa.array([p if p is None else 1 - p for p in first], pa.float32()),
-        "has_label": pa.array([True] * len(won), pa.bool_()),
-    }
 
 
 def _size(schema: pa.Schema, column: str) -> int | None:
@@ -159,26 +166,3 @@ def _ordered(candidates: pa.Table, winner: int, loser: int) -> tuple[int, int]:
     """(row of side 0, row of side 1): by the pictures' hashes, which know nothing of the scores."""
     uids = [candidates["image_uid"][row].as_py() for row in (winner, loser)]
     return (winner, loser) if uids[0] <= uids[1] else (loser, winner)
-
-
-def _pair_columns(candidates: pa.Table, sides: list[tuple[int, int]]) -> dict[str, pa.Array]:
-    """What both sides bring along, by column name of a preference shard."""
-    taken = [candidates.take(pa.array([rows[side] for rows in sides], pa.int64())).combine_chunks() for side in (0, 1)]
-    columns = {name: taken[0][name] for name in ("prompt_id", "caption", "config_hash")}
-    for side, table in enumerate(taken):
-        columns |= {f"{name}_{side}": table[name] for name in ("image", "latent", "seed", "model")}
-        columns[f"image_{side}_uid"] = table["image_uid"]
-    keys = ("prompt_id", "seed_0", "seed_1", "model_0", "model_1", "config_hash")
-    identities = zip(*(columns[key].to_pylist() for key in keys), strict=True)
-    columns["pair_id"] = pa.array([pair_id(*identity) for identity in identities], pa.string())
-    uids = zip(columns["image_0_uid"].to_pylist(), columns["image_1_uid"].to_pylist(), strict=True)
-    columns["are_different"] = pa.array([a != b for a, b in uids], pa.bool_())
-    return columns
-
-
-def _seal(target: Path, plan: Plan, records: list[ShardRecord], metadata: dict[str, Any]) -> None:
-    """Card first, manifest last: its existence says that the folder is complete."""
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = make_manifest({"train": records}, plan.config_hash(), created)
-    write_text(target / "README.md", dataset_card(manifest, metadata))
-    write_manifest(target, {"train": records}, plan.config_hash(), created)

@@ -22,7 +22,7 @@ from data.files import write_text
 from data.ids import score_column
 from data.manifest import read_manifest
 from data.schema import read_metadata
-from data.shards import ShardRows, read_shard
+from data.shards import read_shard
 from scoring.labels.expressions import leaves
 from scoring.scorers.scorer import ScorerInfo
 from scoring.verdict.pair_statistics import clustered_interval
@@ -163,8 +163,9 @@ def comparison(cycle: Cycle, plan: Plan, judged: dict[str, Judged], row: int) ->
 def stored(cycle: Cycle, plan: Plan, part: Part, row: int) -> tuple[str, bytes]:
     """(prompt, encoded picture) of one held-out prompt; only its row is read."""
     shard, local = divmod(row, plan.prompts_per_shard(part))
-    found = ShardRows(cycle.part(part, plan.shards(part)).candidates(shard)).row(local, ["caption", "image"])
-    return found["caption"], found["image"]["bytes"]
+    candidates = read_shard(cycle.part(part, plan.shards(part)).candidates(shard), ["caption", "image"])
+    row = candidates.slice(local, 1).to_pylist()[0]
+    return row["caption"], row["image"]["bytes"]
 
 
 def data_section(cycle: Cycle, plan: Plan) -> dict[str, Any]:

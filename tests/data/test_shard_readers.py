@@ -211,7 +211,7 @@ def test_a_shard_without_rows_is_a_shard(tmp_path: Path) -> None:
     """When no pair of a shard's prompts reaches the margin."""
     path = tmp_path / "00000-of-00001.arrow"
     record = write_shard(path, shard_rows(0).slice(0, 0), SCHEMA)
-    write_manifest(tmp_path, {"train": [record]}, "c", "now")
+    write_manifest(tmp_path, make_manifest({"train": [record]}, "c", "now"))
     assert verify(tmp_path, "deep").rows == 0 == len(ShardRows(path))
     assert ShardRows(path).column_array("latent_0").shape == (0, 4)
 
@@ -223,7 +223,7 @@ def test_swapping_the_sides_complements_the_labels(tmp_path: Path) -> None:
     assert swapped.column("label_0").to_pylist() == [0.0, 1.0, 0.5, None]
     assert trainable(swapped) == trainable(original)
     record = write_shard(tmp_path / "a.arrow", swapped, SCHEMA)
-    write_manifest(tmp_path, {"train": [record]}, "c", "now")
+    write_manifest(tmp_path, make_manifest({"train": [record]}, "c", "now"))
     verify(tmp_path, "deep")
 
 

@@ -81,7 +81,7 @@ def build(folder: Path, step: Callable[[], None] = lambda: None) -> None:
         path = folder / f"{index:05d}-of-{SHARDS:05d}.arrow"
         adopted = adopt_shard(path, SCHEMA, ROWS)
         records.append(adopted or write_shard(path, paced(shard_rows(index), step), SCHEMA))
-    write_manifest(folder, {"train": records}, "c0ffee", "2026-01-01T00:00:00Z")
+    write_manifest(folder, make_manifest({"train": records}, "c0ffee", "2026-01-01T00:00:00Z"))
 
 
 def paced(rows: pa.Table, step: Callable[[], None]) -> Iterator[pa.RecordBatch]:
@@ -93,7 +93,7 @@ def paced(rows: pa.Table, step: Callable[[], None]) -> Iterator[pa.RecordBatch]:
 def seal(folder: Path, *rows: dict[str, Any]) -> Path:
     """A complete data set of one shard."""
     record = write_shard(folder / "00000-of-00001.arrow", table(*rows), SCHEMA)
-    write_manifest(folder, {"train": [record]}, "c0ffee", "2026-01-01T00:00:00Z")
+    write_manifest(folder, make_manifest({"train": [record]}, "c0ffee", "2026-01-01T00:00:00Z"))
     return folder / "00000-of-00001.arrow"
 
 
@@ -326,7 +326,7 @@ def test_a_bit_flipped_anywhere_is_caught_and_never_more_than_a_shard_error(fold
     scores = pa.table({"candidate_id": ["a"], "score": pa.array([1], pa.float32())}, schema=schema)
     path = folder / "0.arrow"
     record = write_shard(path, scores, schema)
-    write_manifest(folder, {"train": [record]}, "c", "now")
+    write_manifest(folder, make_manifest({"train": [record]}, "c", "now"))
     for position in range(record.bytes):
         flip(path, position)
         with pytest.raises(ShardError, match="found sha256"):
@@ -367,7 +367,7 @@ def test_one_data_set_has_one_schema(folder: Path) -> None:
     other = pair_schema(4, 2, ["clip"], METADATA | {"config_hash": "other"})
     records = [write_shard(folder / "0.arrow", table(row(0)), SCHEMA)]
     records.append(write_shard(folder / "1.arrow", table(row(1)).cast(other), other))
-    write_manifest(folder, {"train": records}, "c", "now")
+    write_manifest(folder, make_manifest({"train": records}, "c", "now"))
     with pytest.raises(ShardError, match=r'1.arrow: metadata config_hash is "other", expected "c0ffee"'):
         verify(folder, "open")
 
@@ -428,7 +428,7 @@ def test_shards_of_schema_1_0_pass_the_deep_check(folder: Path) -> None:
     """They have no soft labels."""
     old = table(row(0)).drop_columns(["soft_label_0", "soft_label_1"])
     record = write_shard(folder / "a.arrow", old, old.schema)
-    write_manifest(folder, {"train": [record]}, "c", "now")
+    write_manifest(folder, make_manifest({"train": [record]}, "c", "now"))
     verify(folder, "deep")
 
 
@@ -454,5 +454,5 @@ def test_the_manifest_tells_what_was_sealed(folder: Path) -> None:
 def test_a_folder_with_an_absent_shard_cannot_be_sealed(folder: Path) -> None:
     absent = ShardRecord("0.arrow", 1, 100, "0" * 64)
     with pytest.raises(ShardError, match=r"0\.arrow: found nothing, expected 100 bytes"):
-        write_manifest(folder, {"train": [absent]}, "c", "now")
+        write_manifest(folder, make_manifest({"train": [absent]}, "c", "now"))
     assert contents(folder) == {}

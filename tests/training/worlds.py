@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.columns import latent_column
 from data.ids import image_uid, pair_id
-from data.manifest import write_manifest
+from data.manifest import make_manifest, write_manifest
 from data.schema import IMAGE, pair_schema
 from data.shards import write_shard
 from tests.tiny import save_pipeline
@@ -53,7 +53,7 @@ def save_pairs(
             columns |= {f"soft_label_{side}": pa.nulls(count // shards, pa.float32()) for side in (0, 1)}
         table = pa.table(columns).select(schema.names).cast(schema)
         records.append(write_shard(folder / f"{index:05d}-of-{shards:05d}.arrow", table, schema))
-    write_manifest(folder, {"train": records}, "test", "2026-01-01T00:00:00+00:00")
+    write_manifest(folder, make_manifest({"train": records}, "test", "2026-01-01T00:00:00+00:00"))
     return folder
 
 
