@@ -11,7 +11,6 @@ change of recipes/shapes.toml or of the code, start in another one.
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from data.ids import seed_for
 from data.prompts import read_prompts
 from scoring.scorers.registry import load_scorer
 from scoring.scorers.scorer import score_images
-from tasks.record.plan import read_plan
-from tasks.record.recipe import SECTIONS, Recipe, resolve
-from tasks.record.settings import Evaluation, Pairing
+from tasks.record.recipe import Recipe, resolve
+from tasks.record.settings import Given, GivenEvaluation, GivenPairing, Settings
 from tasks.record.workspace import experiment_at
 from tasks.train import training_plan
 from training.loop.trainer import train
@@ -64,12 +62,12 @@ class World:
             line = experiment_at(str(self.workspace), f"seed-{self.recipe.seed}-ungated")
             return run_cycles(line, self.recipe, CYCLES, promote_anyway, twin=self.experiment)
         cycle = make_pairs(self.experiment, self.recipe, 1)
-        plan = training_plan(read_plan(cycle), cycle)
+        plan = training_plan(cycle)
         if arm != Arm():  # the recipe's own training is that of the first cycle
             pairs = str(other_pairs(cycle, arm.scorer)) if arm.scorer else plan.pairs
             output = str(self.experiment.folder / "arms" / arm.key())
-            plan = replace(plan, **arm.training, pairs=pairs, output=output)
-        with tqdm(total=plan.steps, unit="step", leave=False) as bar:
+            plan = plan.changed(**arm.training, pairs=pairs, output=output)
+        with tqdm(total=plan.training.steps, unit="step", leave=False) as bar:
 
             def advance(step: int, metrics: dict[str, float]) -> None:
                 bar.update(step - bar.n)
@@ -108,10 +106,9 @@ class Results:
 
 def default_recipe(seed: int, **evaluation: Any) -> Recipe:
     """The shapes recipe without what decides nothing: scores of judges who never label, null controls of cycles."""
-    sections = {name: kind() for name, kind in SECTIONS.items()}
-    sections |= {
-        "evaluation": Evaluation(null_control=False, **evaluation),
-        "pairing": Pairing(score_with_judges=False),
+    sections: dict[str, Given[Settings]] = {
+        "evaluation": GivenEvaluation(null_control=False, **evaluation),
+        "pairing": GivenPairing(score_with_judges=False),
     }
     return resolve("shapes", seed, {}, sections)
 

@@ -16,7 +16,7 @@ from data.prompts import Prompts, read_prompts
 from scoring.scorers.registry import load_scorer
 from scoring.scorers.scorer import score_images
 from scoring.verdict.verdict import Verdict, judge_pairs
-from tasks.record.recipe import SECTIONS, Recipe, resolve
+from tasks.record.recipe import Recipe, resolve
 from training.model.loading import load_pipeline
 from training.model.reference import ModelRef
 from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=512)
     given = parser.parse_args()
-    recipe = resolve("shapes", 0, {}, {name: kind() for name, kind in SECTIONS.items()})
+    recipe = resolve("shapes", 0, {}, {})
     prompts = dict(list(read_prompts(recipe.evaluation.prompts).items())[: given.prompts])
     verdicts = repeat(recipe, prompts, given.repeats)
     for judge in recipe.judges:

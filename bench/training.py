@@ -26,10 +26,9 @@ from bench import training_device, training_profile
 from bench.training_parity import compare
 from bench.training_peers import Peer, captured, peers_for, run_script
 from bench.training_world import SCALES, Scale, Shards, save_base, save_data
-from training.adapter.lora import Lora
+from training.adapter.lora import ATTENTION
 from training.loop.run import Run
 from training.model.loading import quiet_libraries
-from training.model.reference import ModelRef
 from training.plan import TrainingPlan
 
 METHODS = ("lora", "full")
@@ -59,9 +58,10 @@ class Bench:
     def plan(self, method: str, **changes: Any) -> TrainingPlan:
         """The peers' settings. beta: 5000 in Salesforce's convention is their default, 2500 in diffusers' SD script."""
         batch = self.scale.batch
-        return TrainingPlan(**{
-            "model": ModelRef(str(self.base)), "pairs": str(self.pairs), "output": str(self.folder / "out"),
-            "method": method, "lora": Lora(8, 8.0), "steps": 10**6, "batch_size": batch, "micro_batch_size": batch,
+        return TrainingPlan.from_dict({
+            "model": {"base": str(self.base)}, "pairs": str(self.pairs), "output": str(self.folder / "out"),
+            "method": method, "lora": {"rank": 8, "alpha": 8.0, "targets": ATTENTION, "dora": False},
+            "steps": 10**6, "batch_size": batch, "micro_batch_size": batch,
             "learning_rate": 1e-5, "warmup_steps": 0, "weight_decay": 1e-2, "max_grad_norm": 1.0, "beta": 5000.0,
             "checkpoint_every": 10**6, "seed": 0, "device": self.given.device, "compile": self.given.compile,
             "mixed_precision": "bf16" if self.cuda else "no", **changes,

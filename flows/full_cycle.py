@@ -1,29 +1,32 @@
 """The flow `rlaif`: prompts -> generate -> score -> pair -> train -> evaluate -> gate -> champion, once or N times."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager
 from typing import Annotated
 
-from filelock import FileLock, Timeout
 from prefect import flow
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from pydantic import Field
 
-from data.files import write_json
 from flows import stages
+from tasks.hand_over import hand_over
 from tasks.plan_cycle import plan_cycle
 from tasks.progress import show_logs
 from tasks.promote import promote
 from tasks.record.checks import check
+from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import ParameterError, Recipe, resolve
-from tasks.record.runs import begin_run, end_run, note_failure
-from tasks.record.settings import Evaluation, Gate, Generation, Pairing
-from tasks.record.workspace import Cycle, Experiment, experiment_at
-from tasks.report.page import write_report
-from tasks.train import hand_over
-from training.settings import Execution, Training
+from tasks.record.runs import begin_run
+from tasks.record.settings import (
+    GivenEvaluation,
+    GivenExecution,
+    GivenGate,
+    GivenGeneration,
+    GivenPairing,
+    GivenTraining,
+)
+from tasks.record.workspace import Experiment, exclusive, experiment_at
+from tasks.write_report import write_report
 
 log = logging.getLogger(__name__)
 
@@ -40,12 +43,12 @@ def full_cycle(
     workspace: str = "workspace",
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0,
     candidates_of: str | None = None,
-    generation: Generation = Generation(),
-    pairing: Pairing = Pairing(),
-    training: Training = Training(),
-    evaluation: Evaluation = Evaluation(),
-    gate: Gate = Gate(),
-    execution: Execution = Execution(),
+    generation: GivenGeneration = GivenGeneration(),
+    pairing: GivenPairing = GivenPairing(),
+    training: GivenTraining = GivenTraining(),
+    evaluation: GivenEvaluation = GivenEvaluation(),
+    gate: GivenGate = GivenGate(),
+    execution: GivenExecution = GivenExecution(),
 ) -> list[str]:
     """Align a text-to-image model from AI feedback, and keep the result only if it is better.
 
@@ -96,49 +99,29 @@ def silent_stages() -> AbstractContextManager[object]:
     return temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None})
 
 
-@contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """One run at a time in a folder, an experiment's or a training's: the lock goes with the process, however it
-    ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("another run works in %s; waiting for it to end", folder)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def run_cycles(experiment: Experiment, recipe: Recipe, cycles: int) -> list[str]:
     """Begin a run or resume the unfinished one of these parameters; finished cycles are passed over."""
-    path, run = begin_run(experiment, recipe, cycles)
+    run = begin_run(experiment, recipe, cycles)
     try:
         for number in run.cycles:
-            cycle = experiment.cycle(number)
-            if not cycle.finished.is_file():
-                plan_cycle(experiment, run, number)
-                run_cycle(experiment, cycle)
+            if not experiment.cycle(number).finished.is_file():
+                run_cycle(plan_cycle(experiment, run.recipe, number))
     except Exception as error:
-        note_failure(path, run, error)
+        run.note_failure(error)
         raise
-    end_run(path, run)
+    run.finish()
     return [str(experiment.cycle(number).report) for number in run.cycles]
 
 
-def run_cycle(experiment: Experiment, cycle: Cycle) -> None:
+def run_cycle(cycle: PlannedCycle) -> None:
     """One turn of the loop."""
-    folder = Path(cycle.folder)
-    stages.generate(folder, "training")
-    stages.score(folder, "training")
-    stages.pair(folder)
-    stages.train(folder)
-    stages.evaluate(folder)
-    decision = promote(experiment, cycle)
+    stages.generate(cycle.folder)
+    stages.score(cycle.folder)
+    stages.pair(cycle.folder)
+    stages.train(cycle.folder)
+    stages.evaluate(cycle.folder)
+    decision = promote(cycle)
     hand_over(cycle)
-    report = write_report(experiment, cycle)
-    write_json(cycle.finished, {"promoted": decision["promoted"]})
+    report = write_report(cycle)
+    cycle.finish(decision.promoted)
     log.info("cycle %s finished; report: %s", cycle.folder.name, report)

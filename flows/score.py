@@ -6,19 +6,18 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_table_artifact
 
-from flows.full_cycle import exclusive
 from tasks.models import release
 from tasks.progress import show_logs
 from tasks.record.checks import check_expression, check_trusted
-from tasks.record.plan import read_plan
+from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import ParameterError, Weights, read_preset
-from tasks.record.settings import Pairing
-from tasks.record.workspace import Cycle, Experiment
-from tasks.relabel import relabel, relabelled
-from tasks.report.page import write_report
+from tasks.record.settings import GivenExecution, GivenPairing
+from tasks.record.workspace import exclusive
+from tasks.relabel import relabel
 from tasks.score import score_shard
-from tasks.score_set import score_set, write_table
-from training.settings import Execution
+from tasks.score_set import score_set
+from tasks.score_table import write_table
+from tasks.write_report import write_report
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +29,8 @@ def score(
     preset: str = "shapes",
     output: str | None = None,
     caption_column: str | None = None,
-    pairing: Pairing = Pairing(),
-    execution: Execution = Execution(),
+    pairing: GivenPairing = GivenPairing(),
+    execution: GivenExecution = GivenExecution(),
 ) -> str:
     """Score images with captions, or the candidates of a cycle, which are then paired anew; nothing is generated.
 
@@ -57,7 +56,7 @@ def score(
                 raise ParameterError(
                     f"output={output!r}, caption_column={caption_column!r}: not for a cycle; leave out"
                 )
-            return _relabel(Cycle(place.resolve()), scorer, preset, pairing, execution)
+            return _relabel(PlannedCycle.open(place.resolve()), scorer, preset, pairing, execution)
         if not place.exists():
             raise ParameterError(f"source={source!r}: there is no such folder or file ({place.absolute()})")
         target = Path(output).expanduser() if output else Path("scores") / place.resolve().name
@@ -66,34 +65,35 @@ def score(
         release()
 
 
-def _relabel(cycle: Cycle, scorer: str, preset: str, pairing: Pairing, execution: Execution) -> str:
-    plan, experiment = read_plan(cycle), Experiment(cycle.folder.parent.parent)
+def _relabel(cycle: PlannedCycle, scorer: str, preset: str, pairing: GivenPairing, execution: GivenExecution) -> str:
+    plan = cycle.plan
     names = check_expression("scorer", scorer, plan.sources())
     check_trusted(names, plan, read_preset(preset))
-    complete = Execution(**{**plan.recipe.execution.model_dump(), **execution.given()})
-    with exclusive(experiment.folder):
+    complete = execution.on(plan.recipe.execution)
+    with exclusive(cycle.experiment.folder):
         for name in names:
-            for index in range(plan.shards("training")):
-                score_shard(cycle, "training", name, index, complete)
-        found = relabel(cycle, scorer, pairing)
-        if found:
+            for index in range(cycle.shards("candidates")):
+                score_shard(cycle, "candidates", name, index, complete)
+        agreement = relabel(cycle, scorer, pairing)
+        if agreement:
             log.info(
                 "%d pairs by %s; in %.3f [%.3f, %.3f] of them %s prefers the same winner (%d prompts)",
-                found.pairs, found.labelled_by, found.agreement, found.low, found.high, found.other, found.prompts,
+                agreement.pairs, agreement.labelled_by, agreement.agreement, agreement.low, agreement.high,
+                agreement.other, agreement.prompts,
             )  # fmt: skip
-            create_table_artifact([{k: str(v) for k, v in vars(found).items()}], key="labels-compared")
+            create_table_artifact([{k: str(v) for k, v in vars(agreement).items()}], key="labels-compared")
         if cycle.finished.is_file():
-            log.info("report: %s", write_report(experiment, cycle))
-    return str(relabelled(cycle, scorer))
+            log.info("report: %s", write_report(cycle))
+    return str(cycle.relabelled(scorer))
 
 
 def _score(
-    source: str, scorer: str, preset: str, target: Path, caption_column: str | None, execution: Execution
+    source: str, scorer: str, preset: str, target: Path, caption_column: str | None, execution: GivenExecution
 ) -> str:
     values = read_preset(preset)
     sources = {name: Weights(**weights).bound() for name, weights in values.get("scorers", {}).items()}
     names = check_expression("scorer", scorer, sources)
-    complete = Execution(**{**values.get("execution", {}), **execution.given()})
+    complete = execution.on(values.get("execution", {}))
     for name in names:
         score_set(source, name, target, sources, complete, caption_column)
     path = write_table(source, names, target, complete, caption_column)

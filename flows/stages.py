@@ -1,55 +1,70 @@
-"""Each stage of a cycle as a flow of its own: a step of the full cycle, or run alone on a cycle's folder.
+"""Each stage of a cycle as a flow and a deployment of its own: a step of the full cycle, or run alone.
 
-Stages run one after another and return nothing: what they make lies in the workspace.
+    prefect deployment run generate/cycle --param cycle=workspace/default/cycles/0001
+
+A stage takes the folder of a planned cycle, holds the lock of its experiment, does what is missing, and leaves what it
+makes in the workspace. Run alone they go in the order generate, score, pair, train, evaluate.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prefect import flow
 
-from tasks.evaluate import Results, judge_models
+from tasks.compare_labels import compare_with_source
+from tasks.evaluate import judge_models
 from tasks.generate import generate_shard
+from tasks.link import link_candidates
 from tasks.models import collect, release
 from tasks.pair import pair_candidates
 from tasks.pictures import forget
-from tasks.record.plan import read_plan
-from tasks.record.workspace import EVALUATION_PARTS, Cycle, Part
-from tasks.relabel import compare_with_source, link_candidates
+from tasks.progress import show_logs
+from tasks.record.plan import PlannedCycle
+from tasks.record.workspace import EVALUATION_PARTS, Part, exclusive
 from tasks.score import score_shard
 from tasks.train import train_policy
-from training.loop.checkpoint import CheckpointRecord
+
+
+@contextmanager
+def open_stage(folder: Path) -> Iterator[PlannedCycle]:
+    """The planned cycle in a folder, while nobody else works in its experiment. Raises ParameterError for no plan."""
+    show_logs()
+    cycle = PlannedCycle.open(folder.expanduser().resolve())
+    with exclusive(cycle.experiment.folder):
+        yield cycle
 
 
 @flow(name="generate", flow_run_name="generate-{part}")
-def generate(cycle: Path, part: Part = "training") -> None:
-    """Draw the candidates of one part of a cycle, shard by shard.
+def generate(cycle: Path, part: Part = "candidates") -> None:
+    """Draw the pictures of one part of a cycle, shard by shard.
 
     Args:
         cycle: folder of a planned cycle.
-        part: training, base, tuned or control.
+        part: candidates, base, tuned or control.
     """
-    where = Cycle(cycle)
-    link_candidates(where)
-    for index in range(read_plan(where).shards(part)):
-        generate_shard(where, part, index)
-    release()
+    with open_stage(cycle) as planned:
+        if part == "candidates":
+            link_candidates(planned)
+        for index in range(planned.shards(part)):
+            generate_shard(planned, part, index)
+        release()
 
 
 @flow(name="score-candidates", flow_run_name="score-{part}")
-def score(cycle: Path, part: Part = "training") -> None:
-    """Score the candidates of one part with every scorer that the plan names for it.
+def score(cycle: Path, part: Part = "candidates") -> None:
+    """Score the pictures of one part with every scorer that the plan names for it.
 
     Args:
         cycle: folder of a planned cycle.
-        part: training, base, tuned or control.
+        part: candidates, base, tuned or control.
     """
-    where = Cycle(cycle)
-    plan = read_plan(where)
-    for scorer in plan.scorer_names(part):
-        for index in range(plan.shards(part)):
-            score_shard(where, part, scorer, index)
-    release()
-    forget()
+    with open_stage(cycle) as planned:
+        for scorer in planned.plan.scorer_names(part):
+            for index in range(planned.shards(part)):
+                score_shard(planned, part, scorer, index)
+        release()
+        forget()
 
 
 @flow(name="pair", flow_run_name="pair")
@@ -57,36 +72,39 @@ def pair(cycle: Path) -> int:
     """Make and seal the preference shards; returns the number of pairs.
 
     Args:
-        cycle: folder of a planned cycle whose training part is scored.
+        cycle: folder of a planned cycle whose candidates are scored.
     """
-    pairs = pair_candidates(Cycle(cycle))
-    compare_with_source(Cycle(cycle))
-    return pairs
+    with open_stage(cycle) as planned:
+        pairs = pair_candidates(planned)
+        compare_with_source(planned)
+        return pairs
 
 
 @flow(name="train-cycle", flow_run_name="train")
-def train(cycle: Path) -> CheckpointRecord:
-    """Train on the cycle's preference shards.
+def train(cycle: Path) -> str:
+    """Train on the cycle's preference shards; returns the training's folder.
 
     Args:
         cycle: folder of a planned cycle with sealed preferences.
     """
-    record = train_policy(Cycle(cycle))
-    collect()
-    return record
+    with open_stage(cycle) as planned:
+        train_policy(planned)
+        collect()
+        return str(planned.training)
 
 
 @flow(name="evaluate", flow_run_name="evaluate")
-def evaluate(cycle: Path) -> Results:
-    """Judge base against tuned model on the held-out prompts.
+def evaluate(cycle: Path) -> str:
+    """Judge base against tuned model on the held-out prompts; returns the file of the results.
 
     Args:
         cycle: folder of a planned cycle with a trained model.
     """
-    where = Cycle(cycle)
-    control = read_plan(where).recipe.evaluation.null_control
-    for part in EVALUATION_PARTS:
-        if part != "control" or control:
-            generate(cycle, part)
-            score(cycle, part)
-    return judge_models(where)
+    with open_stage(cycle) as planned:
+        control = planned.plan.recipe.evaluation.null_control
+        for part in EVALUATION_PARTS:
+            if part != "control" or control:
+                generate(cycle, part)
+                score(cycle, part)
+        judge_models(planned)
+        return str(planned.results)

@@ -1,23 +1,23 @@
 """The flow `train`: preference training without the rest, on any shards or on human data."""
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 from prefect import flow
 from pydantic import Field
 
-from data.manifest import read_manifest
-from flows.full_cycle import exclusive
 from tasks.import_pairs import import_pairs, plan_import
 from tasks.models import collect
 from tasks.progress import show_logs
-from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
-from tasks.record.settings import Generation
+from tasks.record.recipe import resolve
+from tasks.record.settings import GivenExecution, GivenGeneration, GivenTraining
+from tasks.record.workspace import exclusive
 from tasks.train_alone import (
     check_importable,
+    check_not_imported,
     check_pairs,
     check_recipe,
+    dataset_id,
     is_sealed,
     parameters_of,
     settle,
@@ -25,10 +25,6 @@ from tasks.train_alone import (
     train_pairs,
     training_folder,
 )
-from training.model.reference import ModelRef
-from training.settings import Execution, Training
-
-log = logging.getLogger(__name__)
 
 
 @flow(name="train", flow_run_name="train-{name}")
@@ -42,9 +38,9 @@ def train(
     workspace: str = "workspace",
     seed: Annotated[int, Field(ge=0, lt=2**53)] = 0,
     max_pairs: Annotated[int, Field(ge=1)] | None = None,
-    generation: Generation = Generation(),
-    training: Training = Training(),
-    execution: Execution = Execution(),
+    generation: GivenGeneration = GivenGeneration(),
+    training: GivenTraining = GivenTraining(),
+    execution: GivenExecution = GivenExecution(),
 ) -> str:
     """Train a model on preference pairs; nothing is generated, scored or evaluated. Returns the training's folder.
 
@@ -66,53 +62,27 @@ def train(
         execution: device, precision, batch sizes.
     """
     show_logs()
-    sections = {section: kind() for section, kind in SECTIONS.items()}
-    sections |= {"generation": generation, "training": training, "execution": execution}
+    sections = {"generation": generation, "training": training, "execution": execution}
     recipe = resolve(preset, seed, {"base_model": base_model}, sections)
     where = training_folder(workspace, name, output)
     check_recipe(recipe)
     model = start_model(recipe, adapter)
     if is_sealed(pairs):
-        _check_unused(pairs, max_pairs, generation)
-        return _train_sealed(pairs, recipe, model, where)
-    return _train_imported(pairs, recipe, model, where, generation, max_pairs, Path(workspace).expanduser().resolve())
-
-
-def _check_unused(pairs: str, max_pairs: int | None, generation: Generation) -> None:
-    given = {"max_pairs": max_pairs, **{f"generation.{name}": value for name, value in generation.given().items()}}
-    if unused := [f"{name}={value!r}" for name, value in given.items() if value is not None]:
-        raise ParameterError(f"{', '.join(unused)}: only for data that are imported, and pairs={pairs!r} are sealed")
-
-
-def _train_sealed(pairs: str, recipe: Recipe, model: ModelRef, where: Path) -> str:
-    folder = Path(pairs).expanduser().resolve()
-    check_pairs(pairs, folder, recipe)
-    with exclusive(where):
-        settle(where, parameters_of(recipe, model, read_manifest(folder).dataset_id))
-        train_pairs(recipe, model, folder, where)
-    collect()
-    return str(where)
-
-
-def _train_imported(
-    pairs: str,
-    recipe: Recipe,
-    model: ModelRef,
-    where: Path,
-    generation: Generation,
-    max_pairs: int | None,
-    workspace: Path,
-) -> str:
-    if other := sorted(set(generation.given()) - {"height", "width"}):
-        raise ParameterError(f"generation.{other[0]}: nothing is generated; only height and width are used, of imports")
-    check_importable(pairs, recipe)
-    job = plan_import(pairs, recipe, max_pairs, workspace / "imports")
-    with exclusive(where):
-        settle(where, parameters_of(recipe, model, job.config_hash))
-        with exclusive(job.folder):
-            folder = import_pairs(job)
-        collect()
+        check_not_imported(pairs, max_pairs, generation)
+        folder = Path(pairs).expanduser().resolve()
         check_pairs(pairs, folder, recipe)
-        train_pairs(recipe, model, folder, where)
+        with exclusive(where):
+            settle(where, parameters_of(recipe, model, dataset_id(folder)))
+            train_pairs(recipe, model, folder, where)
+    else:
+        check_importable(pairs, recipe, generation)
+        job = plan_import(pairs, recipe, max_pairs, Path(workspace).expanduser().resolve() / "imports")
+        with exclusive(where):
+            settle(where, parameters_of(recipe, model, job.config_hash))
+            with exclusive(job.folder):
+                folder = import_pairs(job)
+            collect()
+            check_pairs(pairs, folder, recipe)
+            train_pairs(recipe, model, folder, where)
     collect()
     return str(where)

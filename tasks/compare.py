@@ -9,14 +9,13 @@ import numpy as np
 from data.shards import read_shard
 from scoring.scorers.scorer import compare_images
 from tasks.pictures import pictures
-from tasks.record.plan import Plan
-from tasks.record.workspace import Cycle, Part
+from tasks.record.plan import PlannedCycle
+from tasks.record.workspace import Part
 
 
 def compared_scores(
     judge: Any,
-    cycle: Cycle,
-    plan: Plan,
+    cycle: PlannedCycle,
     part: Part,
     index: int,
     images: Sequence[np.ndarray],
@@ -25,15 +24,15 @@ def compared_scores(
 ) -> np.ndarray:
     """float32 scores in [0, 1] of the pictures of one shard.
 
-    Training candidates meet each of their mates once, and score their mean probability of being preferred: a
+    Candidates meet each of their mates once, and score their mean probability of being preferred: a
     Borda count. In the evaluation a picture meets the base's of the same prompt, and the base's score 0.5.
     """
-    if part == "training":
-        return _tournament(judge, images, prompts, plan.images_per_prompt(part), advance)
+    if part == "candidates":
+        return _tournament(judge, images, prompts, cycle.images_per_prompt(part), advance)
     if part == "base":
         advance(len(images))
         return np.full(len(images), 0.5, np.float32)
-    shard = cycle.part("base", plan.shards("base")).candidates(index)
+    shard = cycle.part("base").candidates(index)
     stored = read_shard(shard, ["image"])["image"].to_pylist()
     base = pictures(shard, slice(None), [image["bytes"] for image in stored])
     scores = compare_images(judge, images, base, prompts).astype(np.float32)

@@ -28,7 +28,7 @@ from training.model.families import family_for
 from training.model.fitting import picture_size
 from training.model.loading import load_encoders
 from training.model.pair_encoder import PairEncoder
-from training.model.reference import ModelError, ModelRef, model_digest
+from training.model.reference import ModelRef, model_digest
 
 log = logging.getLogger(__name__)
 ROWS_PER_SHARD = 512
@@ -90,10 +90,7 @@ def plan_import(
 ) -> Import:
     """Raises ParameterError for a source, model or size that will not do. Loads no weights."""
     model, execution = ModelRef(recipe.base_model, recipe.revision), recipe.execution
-    try:
-        height, width = picture_size(model, recipe.generation.height, recipe.generation.width)
-    except ModelError as error:
-        raise ParameterError(str(error)) from error
+    height, width = picture_size(model, recipe.generation.height, recipe.generation.width)
     return Import(
         source, human_data(source), model, model_digest(model.base, model.revision), height, width, max_pairs,
         rows_per_shard, target, execution.device, execution.dtype, execution.batch_size,

@@ -3,8 +3,6 @@
 import gc
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scoring.scorers.registry import ScorerSource, load_scorer, parse_spec
@@ -21,12 +19,6 @@ _loaded: dict[object, Any] = {}
 """At most one model, by what it was loaded from."""
 SMALL = 1 << 28
 """Bytes on the devices that no model takes: work space of cuBLAS and the like, which stays."""
-
-
-def absolute(model: ModelRef, folder: Path) -> ModelRef:
-    """The model with paths that were relative to the experiment's folder made absolute."""
-    network, adapter = (str(folder / path) if path else None for path in (model.network, model.adapter))
-    return replace(model, network=network, adapter=adapter)
 
 
 def pipeline_for(model: ModelRef, device: str, dtype: str) -> "DiffusionPipeline":

@@ -2,10 +2,9 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,42 +15,28 @@ from data.preference_rows import Pairs, Side, preference_table
 from data.schema import pair_schema, read_metadata
 from data.sealing import seal
 from data.shards import ShardRecord, read_shard, write_shard
-from scoring.labels.combine import winner_probabilities
-from scoring.labels.expressions import Expression, leaves
-from scoring.labels.pairing import Pair, pair_groups
-from tasks.generate import generation_metadata
-from tasks.record.plan import Plan, read_plan
+from scoring.labels.expressions import Expression
+from tasks.record.labels import Labels, label
+from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import ParameterError
+from tasks.record.scores import read_scores
 from tasks.record.settings import Pairing
-from tasks.record.workspace import Cycle, shard_name
-from tasks.score import Scored, read_scores
+from tasks.record.workspace import shard_name
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Labels:
-    """What a labelling decided: the pairs of each prompt, and of each pair P(winner preferred) where it is known."""
-
-    pairs: list[list[Pair]]
-    probabilities: list[list[float | None]]
-    unit: str
-
-    def prompts_with_pairs(self) -> int:
-        return sum(bool(group) for group in self.pairs)
-
-
 @task(task_run_name="pair-candidates")
-def pair_candidates(cycle: Cycle) -> int:
+def pair_candidates(cycle: PlannedCycle) -> int:
     """Write and seal the preference shards of a cycle; returns the number of pairs.
 
     Raises ParameterError when no pair remains.
     """
-    plan = read_plan(cycle)
-    return write_pairs(cycle, plan.labelling(), plan.recipe.pairing, plan.scorer_names("training"), cycle.preferences)
+    plan = cycle.plan
+    return write_pairs(cycle, plan.labelling(), plan.recipe.pairing, plan.scorer_names("candidates"), cycle.preferences)
 
 
-def write_pairs(cycle: Cycle, expression: Expression, pairing: Pairing, scorers: list[str], target: Path) -> int:
+def write_pairs(cycle: PlannedCycle, expression: Expression, pairing: Pairing, scorers: list[str], target: Path) -> int:
     """Label a cycle's candidates by an expression into a sealed folder; returns the number of pairs.
 
     scorers: whose scores the pairs carry, those of the expression among them; all have scored the candidates. A
@@ -59,7 +44,7 @@ def write_pairs(cycle: Cycle, expression: Expression, pairing: Pairing, scorers:
     """
     if (target / MANIFEST).is_file():
         return read_manifest(target).rows
-    plan, scored = read_plan(cycle), read_scores(cycle, "training", scorers)
+    plan, scored = cycle.plan, read_scores(cycle, "candidates", scorers)
     labels = label(expression, pairing, scored, plan.recipe.generation.candidates)
     if not labels.prompts_with_pairs():
         raise ParameterError(
@@ -67,99 +52,99 @@ def write_pairs(cycle: Cycle, expression: Expression, pairing: Pairing, scorers:
             f"{expression}; lower it or raise generation.candidates (now {plan.recipe.generation.candidates})"
         )
     metadata = {
-        **generation_metadata(plan),
+        **plan.provenance(),
         "scorers": [{**dataclasses.asdict(info), "column": name} for name, info in scored.infos.items()],
         "label_rule": {"by": str(expression), "unit": labels.unit, **pairing.model_dump()},
     }
-    shards = range(plan.shards("training"))
-    records = [_write_shard(cycle, plan, index, labels, scored.scores, metadata, target) for index in shards]
+    shards = range(cycle.shards("candidates"))
+    records = [_write_shard(cycle, index, labels, scored.scores, metadata, target) for index in shards]
     seal(target, {"train": records}, plan.config_hash(), metadata)
     rows = sum(record.rows for record in records)
     log.info("%d pairs from %d prompts, labelled by %s", rows, len(labels.pairs), expression)
     return rows
 
 
-def label(expression: Expression, pairing: Pairing, scored: Scored, candidates: int) -> Labels:
-    """Decide the pairs of all prompts; the smallest margin is in units of the spread over all of them."""
-    order = scored.order(expression, candidates)
-    margins = (order.margins(prompt) for prompt in range(order.prompts()))
-    pairs = pair_groups(margins, order.spread, pairing.rule, pairing.min_margin)
-    flat = [(prompt, pair) for prompt, group in enumerate(pairs) for pair in group]
-    groups = {name: scored.scores[name].reshape(-1, candidates) for name in leaves(expression)}
-    winners = np.array([(prompt, pair.winner) for prompt, pair in flat]).reshape(-1, 2)
-    losers = np.array([(prompt, pair.loser) for prompt, pair in flat]).reshape(-1, 2)
-    size = np.array([pair.margin for _, pair in flat])
-    found = winner_probabilities(expression, winners, losers, groups, scored.infos, size)
-    known = iter([None] * len(flat) if found is None else found.tolist())
-    return Labels(pairs, [[next(known) for _ in group] for group in pairs], order.unit)
+class Choice(NamedTuple):
+    """A pair by the rows of one candidate shard. sure: the probability that the winner is preferred, if it is known."""
+
+    prompt: int
+    winner: int
+    loser: int
+    margin: float
+    sure: float | None
 
 
 def _write_shard(
-    cycle: Cycle,
-    plan: Plan,
+    cycle: PlannedCycle,
     index: int,
     labels: Labels,
-    scores: dict[str, np.ndarray],
-    metadata: dict[str, Any],
+    scores: Mapping[str, np.ndarray],
+    metadata: Mapping[str, Any],
     target: Path,
 ) -> ShardRecord:
     """The pairs of the prompts of one candidate shard."""
-    where, each = cycle.part("training", plan.shards("training")), plan.recipe.generation.candidates
-    candidates, embeddings = read_shard(where.candidates(index)), read_shard(where.embeddings(index))
-    first = index * plan.prompts_per_shard("training")
-    prompts = range(len(embeddings))
-    chosen = [(prompt, pair) for prompt in prompts for pair in labels.pairs[first + prompt]]
-    sure = [probability for prompt in prompts for probability in labels.probabilities[first + prompt]]
-    # Which side the winner stands on is a coin flip by content, so that no reader can learn "side 0 wins".
-    rows = [_ordered(candidates, prompt * each + pair.winner, prompt * each + pair.loser) for prompt, pair in chosen]
-    won = [sides[0] == prompt * each + pair.winner for sides, (prompt, pair) in zip(rows, chosen, strict=True)]
-    own = {name: scores[name][first * each :] for name in scores}
-    sides = (_side(candidates, own, [left for left, _ in rows]), _side(candidates, own, [right for _, right in rows]))
-    whose = candidates.take(pa.array([left for left, _ in rows], pa.int64()))
-    prompt_rows = pa.array([prompt for prompt, _ in chosen], pa.int64())
-    pairs = Pairs(
-        prompt_ids=whose["prompt_id"],
-        captions=whose["caption"],
-        config_hashes=whose["config_hash"],
-        sides=sides,
-        label_0=[float(wins) for wins in won],
-        soft_label_0=[p if p is None or wins else 1 - p for wins, p in zip(won, sure, strict=True)],
-        margins=[pair.margin for _, pair in chosen],
-        prompt_embeddings=embeddings["embedding"].take(prompt_rows),
-        pooled_embeddings=embeddings["pooled"].take(prompt_rows) if "pooled" in embeddings.schema.names else None,
-    )
+    files, each = cycle.part("candidates"), cycle.plan.recipe.generation.candidates
+    candidates, embeddings = read_shard(files.candidates(index)), read_shard(files.embeddings(index))
+    first = index * cycle.prompts_per_shard("candidates")
+    chosen = [
+        Choice(prompt, prompt * each + pair.winner, prompt * each + pair.loser, pair.margin, sure)
+        for prompt in range(len(embeddings))
+        for pair, sure in zip(labels.pairs[first + prompt], labels.probabilities[first + prompt], strict=True)
+    ]
+    own = {name: values[first * each :] for name, values in scores.items()}
     schema = _schema(candidates.schema, embeddings.schema, list(scores), metadata)
-    return write_shard(target / shard_name(index, plan.shards("training")), preference_table(pairs, schema), schema)
+    table = preference_table(_pairs(candidates, embeddings, own, chosen), schema)
+    return write_shard(target / shard_name(index, files.shards), table, schema)
 
 
-def _side(candidates: pa.Table, scores: Mapping[str, np.ndarray], rows: list[int]) -> Side:
-    """The candidates that stand on one side; scores: of the candidates."""
-    taken = candidates.take(pa.array(rows, pa.int64()))
-    return Side(
-        images=taken["image"],
-        uids=taken["image_uid"],
-        latents=taken["latent"],
-        seeds=taken["seed"],
-        models=taken["model"],
-        scores={name: values[rows] for name, values in scores.items()},
+def _pairs(
+    candidates: pa.Table, embeddings: pa.Table, scores: Mapping[str, np.ndarray], chosen: Sequence[Choice]
+) -> Pairs:
+    # Which side the winner stands on is a coin flip by content, so that no reader can learn "side 0 wins".
+    sides = [_ordered(candidates, choice.winner, choice.loser) for choice in chosen]
+    won = [left == choice.winner for (left, _), choice in zip(sides, chosen, strict=True)]
+    prompts = pa.array([choice.prompt for choice in chosen], pa.int64())
+    left, right = (candidates.take(pa.array([rows[side] for rows in sides], pa.int64())) for side in (0, 1))
+    return Pairs(
+        prompt_ids=left["prompt_id"],
+        captions=left["caption"],
+        config_hashes=left["config_hash"],
+        sides=(
+            _side(left, {name: values[[row for row, _ in sides]] for name, values in scores.items()}),
+            _side(right, {name: values[[row for _, row in sides]] for name, values in scores.items()}),
+        ),
+        label_0=[float(wins) for wins in won],
+        soft_label_0=[
+            choice.sure if choice.sure is None or wins else 1 - choice.sure
+            for wins, choice in zip(won, chosen, strict=True)
+        ],
+        margins=[choice.margin for choice in chosen],
+        prompt_embeddings=embeddings["embedding"].take(prompts),
+        pooled_embeddings=embeddings["pooled"].take(prompts) if "pooled" in embeddings.column_names else None,
     )
 
 
-def _schema(candidates: pa.Schema, embeddings: pa.Schema, scorers: list[str], metadata: dict[str, Any]) -> pa.Schema:
-    """Of the shard, from those of the candidates and embeddings it is made of."""
+def _side(taken: pa.Table, scores: Mapping[str, np.ndarray]) -> Side:
+    """Candidates on one side of their pairs, and their scores."""
+    return Side(
+        images=taken["image"], uids=taken["image_uid"], latents=taken["latent"], seeds=taken["seed"],
+        models=taken["model"], scores=scores,
+    )  # fmt: skip
+
+
+def _schema(
+    candidates: pa.Schema, embeddings: pa.Schema, scorers: Sequence[str], metadata: Mapping[str, Any]
+) -> pa.Schema:
+    """The schema of a shard, from those of the candidates and embeddings it is made of."""
     shapes = {
         "latent": read_metadata(candidates)["latent"],
         "embedding": read_metadata(embeddings)["embedding"],
     }
+    sizes = {name: embeddings.field(name).type.list_size for name in embeddings.names if name != "prompt_id"}
     return pair_schema(
-        candidates.field("latent").type.list_size, embeddings.field("embedding").type.list_size, scorers,
-        {**metadata, **shapes}, _size(embeddings, "pooled"),
+        candidates.field("latent").type.list_size, sizes["embedding"], scorers, {**metadata, **shapes},
+        sizes.get("pooled"),
     )  # fmt: skip
-
-
-def _size(schema: pa.Schema, column: str) -> int | None:
-    """Numbers a row of a fixed-size column, None when it is not there."""
-    return schema.field(column).type.list_size if column in schema.names else None
 
 
 def _ordered(candidates: pa.Table, winner: int, loser: int) -> tuple[int, int]:

@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from prefect import task
-from pyarrow import csv
 
 from data.captioned import Captioned, read_captioned
-from data.files import write_text
-from data.ids import score_column
 from data.schema import read_metadata, score_schema
 from data.shards import read_shard, write_shard
 from scoring.scorers.registry import ScorerSource
@@ -74,21 +71,3 @@ def _check_same(path: Path, schema: pa.Schema) -> None:
     ]:
         if old != new:
             raise ParameterError(f"output: {path} holds scores of {what} ({old}, now {new}); give another folder")
-
-
-@task(task_run_name="write-table")
-def write_table(
-    source: str, scorers: list[str], target: Path, execution: Execution, caption_column: str | None = None
-) -> Path:
-    """All scores as one table, `scores.csv`: id, prompt and a column a scorer."""
-    images = read_captioned(source, caption_column)
-    shards = len(range(0, len(images), execution.images_per_shard))
-    where = CandidateSet(target, shards)
-    columns: dict[str, object] = {"id": [image.id for image in images], "prompt": [image.prompt for image in images]}
-    for scorer in scorers:
-        tables = [read_shard(where.scores(scorer, index), ["score"]) for index in range(shards)]
-        columns[score_column(scorer, 0).removesuffix("_0")] = pa.concat_tables(tables)["score"]
-    text = pa.BufferOutputStream()
-    csv.write_csv(pa.table(columns), text)
-    write_text(target / "scores.csv", text.getvalue().to_pybytes().decode())
-    return target / "scores.csv"

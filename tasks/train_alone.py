@@ -13,12 +13,13 @@ from data.manifest import MANIFEST, read_manifest
 from data.schema import read_metadata
 from data.shards import ShardError, open_shard
 from tasks.plan_cycle import code_versions
-from tasks.record.champion import check_start
 from tasks.record.checks import check_device, check_training
 from tasks.record.recipe import ParameterError, Recipe
 from tasks.record.runs import difference
+from tasks.record.settings import GivenGeneration
 from tasks.record.workspace import plain_name
-from tasks.train import lora_of, plan_training, run_training
+from tasks.train import plan_training, run_training
+from training.adapter.shape import check_text_encoders
 from training.export.outputs import CARD, write_outputs
 from training.loop.checkpoint import CheckpointRecord, weights_sha256
 from training.loop.dataset import PreferencePairs
@@ -48,7 +49,7 @@ def start_model(recipe: Recipe, adapter: str | None) -> ModelRef:
         return base
     folder, what = Path(adapter).expanduser().resolve(), f"adapter={adapter!r}"
     model = _trained(folder, base, what)
-    check_start(model, recipe)
+    check_text_encoders(recipe.training.method, recipe.training.text_encoders, model)
     if model.adapter and recipe.training.method == "lora":
         _check_shape(Path(model.adapter), recipe, what)
     return model
@@ -73,19 +74,13 @@ def _check_shape(folder: Path, recipe: Recipe, what: str) -> None:
 
     base = ModelRef(recipe.base_model, recipe.revision)
     names = [name for name, _ in network_outline(base).named_modules()]
-    try:
-        check_adapter(folder / ADAPTER_FILE, family_for(base).network, lora_of(recipe.training), names, what)
-        check_encoders(str(folder), lora_of(recipe.training))
-    except ModelError as error:
-        raise ParameterError(str(error)) from error
+    check_adapter(folder / ADAPTER_FILE, family_for(base).network, recipe.training.lora(), names, what)
+    check_encoders(str(folder), recipe.training.lora())
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse, without loading weights, what the trainer would refuse. Raises ParameterError."""
-    try:
-        family_for(ModelRef(recipe.base_model, recipe.revision))
-    except ModelError as error:
-        raise ParameterError(str(error)) from error
+    """Refuse, without loading weights, what the trainer would refuse. Raises ValueError that names the parameter."""
+    family_for(ModelRef(recipe.base_model, recipe.revision))
     check_device(recipe.execution.device)
     check_training(recipe)
 
@@ -116,8 +111,17 @@ def _base_of(folder: Path) -> str | None:
     return base.get("id") if isinstance(base, dict) else None
 
 
-def check_importable(source: str, recipe: Recipe) -> None:
-    """Refuse options that need more than people's labels say. Raises ParameterError."""
+def check_not_imported(source: str, max_pairs: int | None, generation: GivenGeneration) -> None:
+    """Refuse parameters that mean something for an import only, where the pairs are sealed. Raises ParameterError."""
+    given = {"max_pairs": max_pairs, **{f"generation.{name}": value for name, value in generation.values().items()}}
+    if unused := [f"{name}={value!r}" for name, value in given.items() if value is not None]:
+        raise ParameterError(f"{', '.join(unused)}: only for data that are imported, and pairs={source!r} are sealed")
+
+
+def check_importable(source: str, recipe: Recipe, generation: GivenGeneration) -> None:
+    """Refuse options that need more than people's labels say, and those of generation. Raises ParameterError."""
+    if other := sorted(set(generation.values()) - {"height", "width"}):
+        raise ParameterError(f"generation.{other[0]}: nothing is generated; only height and width are used, of imports")
     training = recipe.training
     wanted = [name for name in ("soft_labels", "margin_offset", "margin_weights") if getattr(training, name)]
     if wanted:
@@ -133,6 +137,11 @@ def is_sealed(source: str) -> bool:
     if (folder / "preferences" / MANIFEST).is_file():
         raise ParameterError(f"pairs={source!r} is a cycle; its pairs are pairs={str(folder / 'preferences')!r}")
     return (folder / MANIFEST).is_file()
+
+
+def dataset_id(folder: Path) -> str:
+    """What identifies the rows of a sealed folder. Raises ShardError when it is not sealed."""
+    return read_manifest(folder).dataset_id
 
 
 def parameters_of(recipe: Recipe, model: ModelRef, pairs_id: str) -> dict[str, Any]:

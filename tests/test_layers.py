@@ -16,7 +16,7 @@ ALLOWED = {
     "training": {"data"},
     "shapes": set(),
     "tasks": {"data", "scoring", "training"},
-    "flows": {"tasks", "training", "data"},
+    "flows": {"tasks"},
 }
 PACKAGES = set(ALLOWED)
 MAY_USE_PREFECT = {"tasks", "flows"}
@@ -95,3 +95,13 @@ def test_nothing_but_its_recipe_knows_the_shapes_world() -> None:
     texts = {p: p.read_text() for package in PACKAGES - {"shapes"} for p in (ROOT / package).rglob("*.py")}
     code = {p: text for p, text in texts.items() if "shapes." in text or "shapes/" in text}
     assert code == {}
+
+
+def test_a_module_of_tasks_has_one_task_and_its_rooms_have_none() -> None:
+    def count(path: Path) -> int:
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        return sum("task(" in ast.unparse(decorator) for node in functions for decorator in node.decorator_list)
+
+    top = {path.name: count(path) for path in (ROOT / "tasks").glob("*.py")}
+    assert max(top.values()) == 1
+    assert [path for room in ("record", "report") for path in (ROOT / "tasks" / room).glob("*.py") if count(path)] == []

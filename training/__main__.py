@@ -26,7 +26,7 @@ def main() -> int:
     from tqdm import tqdm
 
     first_process = int(os.environ.get("RANK", "0")) == 0
-    with tqdm(total=plan.steps, unit="step", disable=given.quiet or not first_process) as bar:
+    with tqdm(total=plan.training.steps, unit="step", disable=given.quiet or not first_process) as bar:
 
         def on_step(step: int, metrics: Metrics) -> None:
             if given.parent and not _alive(given.parent):

@@ -1,94 +1,74 @@
 """Everything that decides the trained weights, and how to run: what a training is started with."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from data.files import write_json
-from training.adapter.lora import Lora
-from training.model.noise import Density, ErrorSpace
 from training.model.reference import ModelRef
+from training.settings import Training, TrainingExecution
 
-Method = Literal["lora", "full"]
+BEFORE: dict[str, Any] = {
+    "text_encoders": False, "loss": "dpo", "label_smoothing": 0.0, "soft_labels": False, "sft_weight": 0.0,
+    "margin_offset": 0.0, "margin_weights": False, "sdpo_mu": 0.9, "optimizer": "adamw", "schedule": "constant",
+    "ema": 0.0, "noise_draws": 0, "refresh_reference": 0, "prompt_dropout": 0.0, "error_space": "prediction",
+    "timestep_density": "logit-normal", "timestep_shift": 0.0, "guidance_input": 1.0, "heldout_share": 0.0,
+    "heldout_every": 50, "device": "auto", "dtype": "auto", "mixed_precision": "no", "gradient_checkpointing": False,
+    "compile": False, "offload_reference": False, "shard": False, "trackers": [], "version": "unknown",
+}  # fmt: skip
+"""What a file says that does not name a field: how it was before there was one."""
+LORA = {"lora_rank": "rank", "lora_alpha": "alpha", "lora_targets": "targets", "lora_dora": "dora"}
+"""Fields of `Training` that a file holds together, as `lora`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """A training run. The fields up to `seed` and the losses' options decide the result; the rest how it is reached.
+    """A training: what it starts from, on which pairs, with which settings, and where it goes.
 
     model: what the policy starts from. pairs: a sealed preference folder. output: where checkpoints, metrics and the
-    trained model go. batch_size: pairs an optimizer step, over all processes. micro_batch_size: pairs a forward pass of
-    one process (memory; does not change the result). beta: Salesforce convention, see `losses.kappa_of`. warmup_steps:
-    linear from 0; then `schedule`, see `optimizers.learning_rate`. loss: a key of `loss_table.LOSSES`, with the
-    options of `loss_table.LossOptions`.
-
-    text_encoders: whether `lora` also goes on the attention of the CLIP encoders, see `training.adapter.encoders`.
-
-    noise_draws: how many different noises and times a pair is seen with; later epochs repeat them, and the reference's
-    errors are kept instead of computed again. 0 = new ones in each epoch. refresh_reference: every so many steps the
-    policy becomes the reference; 0 = never. prompt_dropout: share of draws in which a pair, both sides of it, is
-    seen with the empty prompt. error_space: which prediction the squared errors are those of, see
-    `noise.NoiseProcess.error_factor`. timestep_density, timestep_shift: see `family.TimeSampling`; flow models only.
-    guidance_input: what guidance-distilled networks are told in training. ema: decay of the moving average that is
-    exported; 0 = none. heldout_share: share of prompts whose pairs are only looked at, every `heldout_every` steps.
-
-    checkpoint_every: steps between resumable checkpoints. dtype: of frozen weights. mixed_precision: "no",
-    "fp16" or "bf16". offload_reference: the frozen copy of a full training waits in main memory. shard: weights
-    are divided among the processes (see `sharding`). trackers: by accelerate's names. version: of this code, for the
-    record.
+    trained model go. seed: everything random derives from it. version: of this code, for the record.
     """
 
     model: ModelRef
     pairs: str
     output: str
-    method: Method
-    lora: Lora
-    steps: int
-    batch_size: int
-    micro_batch_size: int
-    learning_rate: float
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    beta: float
-    checkpoint_every: int
     seed: int
-    text_encoders: bool = False
-    loss: str = "dpo"
-    label_smoothing: float = 0.0
-    soft_labels: bool = False
-    sft_weight: float = 0.0
-    margin_offset: float = 0.0
-    margin_weights: bool = False
-    sdpo_mu: float = 0.9
-    optimizer: str = "adamw"
-    schedule: str = "constant"
-    ema: float = 0.0
-    noise_draws: int = 0
-    refresh_reference: int = 0
-    prompt_dropout: float = 0.0
-    error_space: ErrorSpace = "prediction"
-    timestep_density: Density = "logit-normal"
-    timestep_shift: float = 0.0
-    guidance_input: float = 1.0
-    heldout_share: float = 0.0
-    heldout_every: int = 50
-    device: str = "auto"
-    dtype: str = "auto"
-    mixed_precision: str = "no"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    offload_reference: bool = False
-    shard: bool = False
-    trackers: list[str] = field(default_factory=list)
+    training: Training
+    execution: TrainingExecution
     version: str = "unknown"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values by name, in one flat table, as plan.json and the model card have them."""
+        training = self.training.model_dump()
+        lora = {short: training.pop(name) for name, short in LORA.items()}
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        del own["training"], own["execution"]
+        return {**own, "model": asdict(self.model), **training, "lora": lora, **self.execution.model_dump()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainingPlan":
+        """The inverse of `to_dict`; of a file of an earlier version too, see `BEFORE`."""
+        flat = {**BEFORE, **values}
+        flat |= {name: flat["lora"][short] for name, short in LORA.items() if short in flat["lora"]}
+        training = {name: flat[name] for name in Training.model_fields if name in flat}
+        return cls(
+            model=ModelRef.read(flat["model"]), pairs=flat["pairs"], output=flat["output"], seed=flat["seed"],
+            version=flat["version"], training=Training(**{"lora_dora": False, **training}),
+            execution=TrainingExecution(**{name: flat[name] for name in TrainingExecution.model_fields}),
+        )  # fmt: skip
+
+    def changed(self, **changes: Any) -> "TrainingPlan":
+        """The same plan with other values, by their names in `to_dict`; model: a ModelRef."""
+        own = {field.name: changes.pop(field.name) for field in fields(self) if field.name in changes}
+        return replace(self.from_dict({**self.to_dict(), **changes}), **own)
 
     def write(self, path: Path) -> None:
         """As JSON, for `accelerate launch -m training`."""
-        write_json(path, asdict(self))
+        write_json(path, self.to_dict())
 
     @classmethod
     def read(cls, path: Path) -> "TrainingPlan":
-        values = json.loads(path.read_text())
-        return cls(**{**values, "model": ModelRef.read(values["model"]), "lora": Lora(**values["lora"])})
+        """What `write` wrote."""
+        return cls.from_dict(json.loads(path.read_text()))

@@ -9,27 +9,26 @@ from data.prompts import Prompts
 from scoring.labels.expressions import leaves, parse
 from scoring.scorers.registry import ScorerSource, check_scorer, known_scorers, load_scorer, parse_spec
 from scoring.scorers.scorer import ScorerInfo, ScoringError, identities, info_of
-from tasks.record.plan import Plan, source_plan
+from tasks.record.plan import Plan
 from tasks.record.prompts import prompt_pools
 from tasks.record.recipe import ParameterError, Recipe, Weights
+from tasks.record.source import source_cycle
+from training.loss.table import check_options
 from training.model.devices import resolve_device
 from training.model.families import family_for
 from training.model.loading import check_lora_targets
-from training.model.reference import ModelError, ModelRef
+from training.model.reference import ModelRef
 
 
 def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
     """Refuse, before anything is computed, what cannot work. Returns the (training, evaluation) prompt pools.
 
-    Loads no weights. Raises ParameterError (or a ValueError of the library concerned) that names the parameter.
+    Loads no weights. Raises ParameterError, or a ValueError of the library concerned, that names the parameter.
     """
     _check_scorers(recipe)
     pools = prompt_pools(recipe)
-    source_plan(recipe)
-    try:
-        family_for(ModelRef(recipe.base_model, recipe.revision))
-    except ModelError as error:
-        raise ParameterError(str(error)) from error
+    source_cycle(recipe)
+    family_for(ModelRef(recipe.base_model, recipe.revision))
     _check_scheduler(recipe)
     check_device(recipe.execution.device)
     check_training(recipe)
@@ -139,16 +138,13 @@ def check_training(recipe: Recipe) -> None:
     training, device = recipe.training, resolve_device(recipe.execution.device)
     if training.mixed_precision == "fp16" and not device.startswith("cuda"):
         raise ParameterError(f"training.mixed_precision='fp16' needs a CUDA device, not {device!r}; use bf16 or no")
-    _check_loss(recipe)
+    check_options(training.loss, training.loss_options())
     _check_execution(recipe, device)
-    try:
-        ref = ModelRef(recipe.base_model, recipe.revision)
-        family_for(ref).check(ref)
-        check_text_encoders(training.method, training.text_encoders, ref)
-        if training.method == "lora":
-            check_lora_targets(recipe.base_model, recipe.revision, training.lora_targets)
-    except ModelError as error:
-        raise ParameterError(str(error)) from error
+    ref = ModelRef(recipe.base_model, recipe.revision)
+    family_for(ref).check(ref)
+    check_text_encoders(training.method, training.text_encoders, ref)
+    if training.method == "lora":
+        check_lora_targets(recipe.base_model, recipe.revision, training.lora_targets)
 
 
 def _check_execution(recipe: Recipe, device: str) -> None:
@@ -159,26 +155,12 @@ def _check_execution(recipe: Recipe, device: str) -> None:
     from training.loop.trackers import check_trackers
 
     training, execution = recipe.training, recipe.execution
-    try:
-        check_optimizer(training.optimizer, device)
-        check_trackers(execution.trackers)
-        if execution.shard:
-            offload, encoders = execution.offload_reference, training.text_encoders
-            check_sharding(training.optimizer, offload, encoders, execution.compile)
-        process_count(execution.processes, execution.device, training.batch_size)
-    except ValueError as error:
-        raise ParameterError(str(error)) from error
-
-
-def _check_loss(recipe: Recipe) -> None:
-    """Options that the loss would ignore or that contradict one another."""
-    from training.loss.table import LossOptions, check_options  # torch is not needed to import this module
-
-    training = recipe.training
-    try:
-        check_options(training.loss, LossOptions.of(training))
-    except ValueError as error:
-        raise ParameterError(str(error)) from error
+    check_optimizer(training.optimizer, device)
+    check_trackers(execution.trackers)
+    if execution.shard:
+        offload, encoders = execution.offload_reference, training.text_encoders
+        check_sharding(training.optimizer, offload, encoders, execution.compile)
+    process_count(execution.processes, execution.device, training.batch_size)
 
 
 def _check_soft_labels(recipe: Recipe) -> None:

@@ -1,17 +1,17 @@
 """The parameters of a run: a preset from `recipes/`, and what the user wants to differ."""
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from scoring.scorers.registry import ScorerSource
-from tasks.record.settings import Evaluation, Gate, Generation, Pairing
-from training.settings import Execution, Section, Training
+from tasks.record.settings import Evaluation, Execution, Gate, Generation, Given, Pairing, Settings, Training
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-SECTIONS: dict[str, type[Section]] = {
+SECTIONS: dict[str, type[Settings]] = {
     "generation": Generation,
     "pairing": Pairing,
     "training": Training,
@@ -113,16 +113,17 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def resolve(preset: str, seed: int, flat: dict[str, Any], sections: dict[str, Section]) -> Recipe:
+def resolve(preset: str, seed: int, flat: dict[str, Any], sections: Mapping[str, Given[Settings]]) -> Recipe:
     """Put what the user gave on top of the preset.
 
-    flat: the swappable parameters by name, None = as the preset says. sections: likewise, by section name.
+    flat: the swappable parameters by name, None = as the preset says. sections: what was given of groups, by name.
     Raises ParameterError when preset and user together leave a field open.
     """
     values = read_preset(preset)
     values |= {name: value for name, value in flat.items() if value is not None}
     for name, kind in SECTIONS.items():
-        merged = {**values.get(name, {}), **sections[name].given()}
+        given = sections[name].values() if name in sections else {}
+        merged = {**values.get(name, {}), **given}
         missing = sorted(set(kind.model_fields) - set(merged))
         if missing:
             raise ParameterError(f"preset={preset!r} names no value for {', '.join(f'{name}.{f}' for f in missing)}")

@@ -130,11 +130,13 @@ def _y(value: np.ndarray | float, low: float, high: float) -> np.ndarray:
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
-    """A handful of round numbers within [low, high]."""
-    from matplotlib.ticker import MaxNLocator
-
-    values = MaxNLocator(5, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)
-    return [0.0 if abs(v) < 1e-12 else float(v) for v in values if low <= v <= high]
+    """At most six round numbers within [low, high]: the multiples of 1, 2 or 5 times a power of ten. low < high."""
+    rough = (high - low) / 5
+    magnitude = 10.0 ** np.floor(np.log10(rough))
+    step = magnitude * next(factor for factor in (1, 2, 5, 10) if factor * magnitude >= rough * (1 - 1e-9))
+    step = max(1.0, step) if whole else step
+    first, last = np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9)
+    return [float(tick * step) + 0.0 for tick in np.arange(first, last + 1)]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """One page a cycle that says what was done and what came of it, from what lies on disk and nothing else.
 
-The page is self-contained: no script, no external resource, so it can be mailed. Under Prefect the verdicts and some
-pictures are also published as artifacts.
+The page is self-contained: no script, no external resource, so it can be mailed.
 """
 
 import json
@@ -13,12 +12,8 @@ from typing import Any
 import jinja2
 import numpy as np
 import pyarrow as pa
-from prefect import task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.context import TaskRunContext
 
 from data.columns import trainable
-from data.files import write_text
 from data.ids import score_column
 from data.manifest import read_manifest
 from data.schema import read_metadata
@@ -26,33 +21,29 @@ from data.shards import read_shard
 from scoring.labels.expressions import leaves
 from scoring.scorers.scorer import ScorerInfo
 from scoring.verdict.pair_statistics import clustered_interval
-from scoring.verdict.verdict import Verdict
-from tasks.evaluate import Judged, Results, read_judged
-from tasks.generate import trained_model
-from tasks.record.champion import read_champion
-from tasks.record.plan import Plan, read_plan
-from tasks.record.workspace import Cycle, Experiment, Part
-from tasks.relabel import comparisons
+from tasks.record.champion import Champion
+from tasks.record.labels import comparisons
+from tasks.record.plan import Plan, PlannedCycle
+from tasks.record.results import Judged, Results
+from tasks.record.workspace import Part
 from tasks.report.charts import (
     Picture,
     Scale,
-    markdown,
     number,
     p_text,
     picture,
     signed,
-    thumbnail_uri,
     training_panels,
 )
 from training.loop.checkpoint import CheckpointRecord
 from training.loop.trainer import METRICS
-from training.loss.table import LossOptions, loss_at_start
+from training.loss.table import loss_at_start
 from training.model.families import family_for
+from training.model.reference import ModelRef
 
 SIDES: tuple[Part, Part] = ("base", "tuned")
-DRAWN, EXTREMES, ARTIFACT_PAIRS = 24, 6, 12
-"""Prompts shown on the page: drawn at random, of either extreme; and in the artifact."""
-ARTIFACT_SIDE = 128  # px; 24 of the noisiest pictures of that size stay below 1 MB
+DRAWN, EXTREMES = 24, 6
+"""Prompts shown on the page: drawn at random, and of either extreme."""
 WINNER_DRIFT = 0.01
 """Rise of the winner's error that is called drift: 1 % of the target's unit variance, five times a healthy rise."""
 
@@ -67,18 +58,6 @@ class Comparison:
     scores: list[tuple[str, float, float, float]]
 
 
-@task(task_run_name="report")
-def write_report(experiment: Experiment, cycle: Cycle) -> Path:
-    """Write `report.html` of a decided cycle, anew each time, and publish artifacts when Prefect runs this."""
-    plan, results = read_plan(cycle), Results.read(cycle)
-    judged = {v.judge: read_judged(cycle, v.judge, "tuned") for v in results.verdicts}
-    values = page(experiment, cycle, plan, results, judged)
-    write_text(cycle.report, render(values))
-    if TaskRunContext.get():
-        publish(values["decision"]["reasons"][0], cycle, plan, results, judged)
-    return cycle.report
-
-
 def render(values: dict[str, Any]) -> str:
     """The page. Prompts and names are foreign text: everything is escaped, and a value that is missing is an error."""
     environment = jinja2.Environment(
@@ -89,14 +68,11 @@ def render(values: dict[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(values)
 
 
-def page(
-    experiment: Experiment, cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]
-) -> dict[str, Any]:
+def page(cycle: PlannedCycle, results: Results, judged: dict[str, Judged]) -> dict[str, Any]:
     """Everything the template shows, section by section."""
-    record = CheckpointRecord.read(cycle.training)
-    assert record is not None, "decided without a trained model"
+    plan, trained = cycle.plan, cycle.trained()
     return {
-        "experiment": experiment.folder.name,
+        "experiment": cycle.experiment.folder.name,
         "plan": plan,
         "decision": json.loads(cycle.promotion.read_text()),
         "results": results,
@@ -104,21 +80,22 @@ def page(
         "uneven": [v.judge for v in results.control if not v.low <= 0.5 <= v.high],
         "judged": judged,
         "scorers": {name: info for judge in judged.values() for name, info in judge.infos.items()},
-        "record": record,
-        **training_section(cycle, plan, record),
-        **picture_section(cycle, plan, results, judged),
-        **data_section(cycle, plan),
-        "history": history(experiment, cycle),
+        "record": trained.record,
+        **training_section(cycle, trained.record),
+        **picture_section(cycle, results, judged),
+        **data_section(cycle),
+        "history": history(cycle),
         "recipe": json.dumps(plan.recipe.model_dump(), indent=2),
-        "snippet": snippet(cycle, plan, record),
+        "snippet": snippet(trained.model.within(cycle.experiment.folder)),
     }
 
 
-def training_section(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> dict[str, Any]:
+def training_section(cycle: PlannedCycle, record: CheckpointRecord) -> dict[str, Any]:
+    """The curves of the training and what to say of them."""
     steps = [json.loads(line) for line in (cycle.training / METRICS).read_text().splitlines()]
     values = {name: over_steps(steps, name) for name in {name: None for step in steps for name in step}}
-    training = plan.recipe.training
-    start = loss_at_start(record.loss, LossOptions.of(training))
+    training = cycle.plan.recipe.training
+    start = loss_at_start(record.loss, training.loss_options())
     return {
         "panels": training_panels(values, training.max_grad_norm, start),
         "pairs_per_second": float(np.median(values["pairs_per_second"])),
@@ -134,17 +111,17 @@ def over_steps(steps: list[dict[str, float]], name: str) -> np.ndarray:
     return line
 
 
-def picture_section(cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]) -> dict[str, Any]:
+def picture_section(cycle: PlannedCycle, results: Results, judged: dict[str, Judged]) -> dict[str, Any]:
     """Pictures drawn at random, and those that one held-out judge finds worst and best."""
     judge = next((v.judge for v in results.verdicts if v.held_out), results.verdicts[0].judge)
     gain = judged[judge].gain
     order = np.argsort(gain, kind="stable")
     rows = {
-        "drawn": drawn_rows(plan, DRAWN),
+        "drawn": drawn_rows(cycle.plan, DRAWN),
         "worst": [int(row) for row in order[:EXTREMES] if gain[row] < 0],
         "best": [int(row) for row in order[::-1][:EXTREMES] if gain[row] > 0],
     }
-    shown = {name: [comparison(cycle, plan, judged, row) for row in found] for name, found in rows.items()}
+    shown = {name: [comparison(cycle, judged, row) for row in chosen] for name, chosen in rows.items()}
     return {"pictures": shown, "extremes_judge": judge}
 
 
@@ -154,28 +131,30 @@ def drawn_rows(plan: Plan, count: int) -> list[int]:
     return [int(row) for row in order[:count]]
 
 
-def comparison(cycle: Cycle, plan: Plan, judged: dict[str, Judged], row: int) -> Comparison:
-    sides = [stored(cycle, plan, part, row) for part in SIDES]
+def comparison(cycle: PlannedCycle, judged: dict[str, Judged], row: int) -> Comparison:
+    """One held-out prompt on both sides, with what the judges gave."""
+    sides = [stored(cycle, part, row) for part in SIDES]
     scores = [(name, float(j.base[row]), float(j.other[row]), float(j.gain[row])) for name, j in judged.items()]
     return Comparison(sides[0][0], picture(sides[0][1]), picture(sides[1][1]), scores)
 
 
-def stored(cycle: Cycle, plan: Plan, part: Part, row: int) -> tuple[str, bytes]:
+def stored(cycle: PlannedCycle, part: Part, row: int) -> tuple[str, bytes]:
     """(prompt, encoded picture) of one held-out prompt; only its row is read."""
-    shard, local = divmod(row, plan.prompts_per_shard(part))
-    candidates = read_shard(cycle.part(part, plan.shards(part)).candidates(shard), ["caption", "image"])
-    row = candidates.slice(local, 1).to_pylist()[0]
-    return row["caption"], row["image"]["bytes"]
+    shard, local = divmod(row, cycle.prompts_per_shard(part))
+    candidates = read_shard(cycle.part(part).candidates(shard), ["caption", "image"])
+    stored_row = candidates.slice(local, 1).to_pylist()[0]
+    return stored_row["caption"], stored_row["image"]["bytes"]
 
 
-def data_section(cycle: Cycle, plan: Plan) -> dict[str, Any]:
+def data_section(cycle: PlannedCycle) -> dict[str, Any]:
+    """The preference shards: how many, and who agrees with their labels."""
     manifest = read_manifest(cycle.preferences)
     return {
         "created": datetime.fromisoformat(manifest.created_at).strftime("%Y-%m-%d %H:%M %Z"),
         "manifest": manifest,
         "comparisons": comparisons(cycle),
-        "candidates": plan.prompts["training"] * plan.images_per_prompt("training"),
-        "agreements": agreements([read_shard(cycle.preferences / shard.file) for shard in manifest.shards], plan),
+        "candidates": cycle.plan.prompts["training"] * cycle.images_per_prompt("candidates"),
+        "agreements": agreements([read_shard(cycle.preferences / shard.file) for shard in manifest.shards], cycle.plan),
     }
 
 
@@ -202,59 +181,25 @@ def agreement_with_labels(tables: list[pa.Table], scorer: str, higher_is_better:
     return (1 + preferred * np.sign(label - 0.5)) / 2, kept["prompt_id"].to_pylist()
 
 
-def history(experiment: Experiment, cycle: Cycle) -> list[dict[str, Any]]:
+def history(cycle: PlannedCycle) -> list[dict[str, Any]]:
     """The experiment's decisions, oldest first; link: the sibling's report where there is one, relative to this one."""
     entries = []
-    for entry in read_champion(experiment)["history"]:
-        report = experiment.cycle(entry["cycle"]).report
+    for decision in Champion.read(cycle.experiment).history:
+        report = cycle.experiment.cycle(decision.cycle).report
         link = f"../{report.parent.name}/{report.name}" if report.is_file() else None
-        entries.append({**entry, "link": link, "here": report == cycle.report})
+        entries.append({**decision.model_dump(), "link": link, "here": report == cycle.report})
     return entries
 
 
-def snippet(cycle: Cycle, plan: Plan, record: CheckpointRecord) -> str:
-    """Python that loads the trained model with diffusers alone."""
-    model, folder = trained_model(plan, cycle, record)[0], cycle.folder.parent.parent
+def snippet(model: ModelRef) -> str:
+    """Python that loads a model, of which the paths are absolute, with diffusers alone."""
     given = f"{model.base!r}" + (f", revision={model.revision!r}" if model.revision else "")
     family = family_for(model)
     part, kind = family.network, family.network_class
     lines = ["from diffusers import DiffusionPipeline" + (f", {kind}" if model.network else "")]
     if model.network:
-        lines.append(f"{part} = {kind}.from_pretrained({str(folder / model.network)!r})")
+        lines.append(f"{part} = {kind}.from_pretrained({model.network!r})")
     lines.append(f"pipeline = DiffusionPipeline.from_pretrained({given}{f', {part}={part}' if model.network else ''})")
     if model.adapter:
-        lines.append(f"pipeline.load_lora_weights({str(folder / model.adapter)!r})")
+        lines.append(f"pipeline.load_lora_weights({model.adapter!r})")
     return "\n".join(lines)
-
-
-def publish(reason: str, cycle: Cycle, plan: Plan, results: Results, judged: dict[str, Judged]) -> None:
-    """The verdicts as a table and some pictures, for Prefect's UI."""
-    headline = markdown(f"{cycle.folder.parent.parent.name}, cycle {plan.cycle}: {reason}")
-    create_table_artifact([verdict_row(v) for v in results.verdicts], key="verdicts", description=headline)
-    create_markdown_artifact(pictures_markdown(cycle, plan, judged), key="pictures", description=headline)
-
-
-def verdict_row(verdict: Verdict) -> dict[str, str]:
-    return {
-        "judge": markdown(verdict.judge),
-        "kind": "held-out" if verdict.held_out else "optimised",
-        "win rate": f"{verdict.win_rate:.3f} [{verdict.low:.3f}, {verdict.high:.3f}]",
-        "wins / ties / losses": f"{verdict.wins} / {verdict.ties} / {verdict.losses}",
-        "sign test p": p_text(verdict.p_value),
-        "Holm p": p_text(verdict.p_holm),
-        "mean": f"{number(verdict.mean_base)} → {number(verdict.mean_tuned)}",
-    }
-
-
-def pictures_markdown(cycle: Cycle, plan: Plan, judged: dict[str, Judged]) -> str:
-    """A table of randomly drawn prompts with both pictures inside, below 1 MB."""
-    rows = [markdown_row(cycle, plan, judged, row) for row in drawn_rows(plan, ARTIFACT_PAIRS)]
-    head = ["Held-out prompts drawn at random.", "", "| prompt | base | tuned | scores |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows])
-
-
-def markdown_row(cycle: Cycle, plan: Plan, judged: dict[str, Judged], row: int) -> str:
-    (prompt, base), (_, tuned) = (stored(cycle, plan, part, row) for part in SIDES)
-    images = [f"![]({thumbnail_uri(data, ARTIFACT_SIDE)})" for data in (base, tuned)]
-    scores = [f"{markdown(name)} {number(j.base[row])} → {number(j.other[row])}" for name, j in judged.items()]
-    return f"| {markdown(prompt)} | {images[0]} | {images[1]} | {'<br>'.join(scores)} |"

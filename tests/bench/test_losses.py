@@ -31,7 +31,7 @@ from data.shards import read_shard
 from scoring.tools.clauses import Clause
 from scoring.tools.contract import Skipped, Trial, clauses
 from scoring.verdict.pair_statistics import clustered_interval
-from tasks.record.plan import read_plan
+from tasks.record.plan import PlannedCycle
 from tasks.record.recipe import Recipe
 from tasks.record.settings import Generation
 from tasks.record.workspace import experiment_at
@@ -196,7 +196,7 @@ def test_without_the_gate_every_cycle_starts_from_the_one_before(workspace: Path
     assert base.adapter is None  # three steps help nobody
     last = run_cycles(free, small(6), 2, promote_anyway, twin=gated)
     assert Path(str(last.adapter)) == free.cycle(2).training / "adapter"
-    assert read_plan(free.cycle(2)).start["adapter"] == "cycles/0001/training/adapter"
+    assert PlannedCycle.open(free.cycle(2).folder).plan.start["adapter"] == "cycles/0001/training/adapter"
     shared = "training/checkpoint.json"  # the first cycle is the gated one's; from then on they differ
     assert (free.cycle(1).folder / shared).samefile(gated.cycle(1).folder / shared)
     assert run_cycles(free, small(6), 2, promote_anyway, twin=gated) == last

@@ -9,11 +9,10 @@ from data.columns import latents
 from data.manifest import verify
 from data.schema import read_metadata
 from data.shards import read_shard
-from tasks.record.settings import Evaluation, Generation
+from tasks.record.settings import GivenEvaluation, GivenGeneration, GivenTraining
 from tests.families import FamilyBases
 from training.loop.checkpoint import CheckpointRecord
 from training.model.sampling import embed_prompts
-from training.settings import Training
 
 SCHEDULERS = {"sdxl": "EulerDiscreteScheduler", "sd3": "FlowMatchEulerDiscreteScheduler"}
 
@@ -27,12 +26,13 @@ def test_pooled_embeddings_reach_the_pairs_and_the_training(
 ) -> None:
     from flows.full_cycle import full_cycle
 
-    generation = Generation(
+    generation = GivenGeneration(
         scheduler=SCHEDULERS[name], scheduler_options={}, prompts_per_cycle=4, candidates=2, guidance=2.0
     )
     full_cycle(
         preset=str(tiny_preset), workspace=str(tmp_path), base_model=str(bases.folder(name)), scorer="hpsv2",
-        generation=generation, training=Training(steps=2), evaluation=Evaluation(max_prompts=10, null_control=False),
+        generation=generation, training=GivenTraining(steps=2),
+        evaluation=GivenEvaluation(max_prompts=10, null_control=False),
     )  # fmt: skip
     cycle = tmp_path / "default" / "cycles" / "0001"
     verify(cycle / "preferences", "deep")

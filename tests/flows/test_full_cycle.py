@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from data.files import write_json
 from data.manifest import verify
 from data.schema import read_metadata
 from data.shards import read_shard
-from tasks.record.champion import read_champion
-from tasks.record.recipe import ParameterError
+from tasks.record.champion import Champion
 from tasks.record.workspace import experiment_at
 from training.model.reference import ModelRef
 
@@ -115,17 +113,15 @@ def test_the_judges_are_told_apart(cycle: Path) -> None:
 
 def test_a_candidate_can_be_drawn_again_alone(cycle: Path) -> None:
     from data.pictures import open_image
-    from tasks.generate import plan_sampler
-    from tasks.record.plan import read_plan
-    from tasks.record.workspace import Cycle
+    from tasks.record.plan import PlannedCycle
     from training.model.loading import load_pipeline
     from training.model.sampling import embed_prompts, negative_prompt, sample_images
 
-    plan = read_plan(Cycle(cycle))
+    plan = PlannedCycle.open(cycle).plan
     row = read_shard(sorted((cycle / "candidates").glob("*.arrow"))[1], ["caption", "seed", "image"]).to_pylist()[-1]
     pipeline = load_pipeline(ModelRef.read(plan.start))
     embedding, negative = embed_prompts(pipeline, [row["caption"]]), negative_prompt(pipeline)
-    image = sample_images(pipeline, embedding, negative, [row["seed"]], plan_sampler(plan), 1)[1][0]
+    image = sample_images(pipeline, embedding, negative, [row["seed"]], plan.sampler(), 1)[1][0]
     stored = open_image(row["image"]["bytes"])
     assert abs(image.astype(int) - stored).max() <= 1
 
@@ -135,11 +131,10 @@ def test_the_next_cycle_starts_from_the_champion_and_draws_its_own_prompts(
 ) -> None:
     """The first cycle of random models is hardly ever promoted, so its acceptance is written by hand."""
     experiment = experiment_at(str(workspace), "default")
-    champion = read_champion(experiment)
+    champion = Champion.read(experiment)
     plan = json.loads((cycle / "plan.json").read_text())
     model = ModelRef(plan["start"]["base"], adapter="cycles/0001/training/adapter")
-    champion |= {"cycle": 1, "model": model.to_dict(), "label": "base+champion"}
-    write_json(experiment.champion, champion)
+    champion.model_copy(update={"cycle": 1, "model": model, "label": "base+champion"}).write(experiment)
     run(tiny_preset, workspace, scorer="hpsv2")
     second = workspace / "default" / "cycles" / "0002"
     next_plan = json.loads((second / "plan.json").read_text())
@@ -150,15 +145,13 @@ def test_the_next_cycle_starts_from_the_champion_and_draws_its_own_prompts(
     assert first_step["margin"] == 0.0, "the policy starts at the champion, which is its reference"
     models = set(read_shard(sorted((second / "candidates").glob("*.arrow"))[0], ["model"])["model"].to_pylist())
     assert models == {"base+champion"}
-    history = read_champion(experiment)["history"]
-    assert [entry["cycle"] for entry in history] == [1, 2]
+    history = Champion.read(experiment).history
+    assert [entry.cycle for entry in history] == [1, 2]
 
 
 def test_tuned_text_encoders_draw_the_evaluation_and_are_never_left_behind(tiny_preset: Path, tmp_path: Path) -> None:
     from data.pictures import open_image
-    from tasks.generate import plan_sampler
-    from tasks.record.plan import read_plan
-    from tasks.record.workspace import Cycle
+    from tasks.record.plan import PlannedCycle
     from training.model.loading import load_pipeline
     from training.model.sampling import embed_prompts, negative_prompt, sample_images
 
@@ -166,7 +159,7 @@ def test_tuned_text_encoders_draw_the_evaluation_and_are_never_left_behind(tiny_
     run(tiny_preset, tmp_path, training=training, evaluation={"max_prompts": 10, "null_control": False})
     cycle = tmp_path / "default" / "cycles" / "0001"
     plan, tuned = (
-        read_plan(Cycle(cycle)),
+        PlannedCycle.open(cycle).plan,
         ModelRef(str(tiny_preset.parent / "base"), adapter=str(cycle / "training/adapter")),
     )
     shard = sorted((cycle / "evaluation" / "tuned" / "candidates").glob("*.arrow"))[0]
@@ -175,14 +168,15 @@ def test_tuned_text_encoders_draw_the_evaluation_and_are_never_left_behind(tiny_
     pipeline, off = load_pipeline(tuned), []
     for encoders in (pipeline, load_pipeline(ModelRef.read(plan.start))):
         embedding, negative = embed_prompts(encoders, [row["caption"]]), negative_prompt(encoders)
-        image = sample_images(pipeline, embedding, negative, [row["seed"]], plan_sampler(plan), 1)[1][0]
+        image = sample_images(pipeline, embedding, negative, [row["seed"]], plan.sampler(), 1)[1][0]
         off.append(abs(image - stored).max())
     assert off[0] <= 1 < off[1]
     experiment = experiment_at(str(tmp_path), "default")
-    model = ModelRef(tuned.base, adapter="cycles/0001/training/adapter").to_dict()
-    write_json(experiment.champion, read_champion(experiment) | {"cycle": 1, "model": model, "label": "champion"})
+    model = ModelRef(tuned.base, adapter="cycles/0001/training/adapter")
+    champion = Champion.read(experiment)
+    champion.model_copy(update={"cycle": 1, "model": model, "label": "champion"}).write(experiment)
     message = r"training\.text_encoders=false.*also changes text_encoder: that would be lost.*new name as experiment"
-    with pytest.raises(ParameterError, match=message):
+    with pytest.raises(ValueError, match=message):
         run(tiny_preset, tmp_path)
     assert not (tmp_path / "default" / "cycles" / "0002" / "candidates").exists()
 

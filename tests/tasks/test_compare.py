@@ -10,8 +10,8 @@ from data.pictures import open_image
 from data.shards import read_shard
 from scoring.scorers.scorer import ScoringError
 from tasks.compare import compared_scores
-from tasks.record.plan import read_plan
-from tasks.record.workspace import Cycle, Part
+from tasks.record.plan import PlannedCycle
+from tasks.record.workspace import Part
 from tests.tasks.report.test_report import finished_cycle
 
 
@@ -30,25 +30,24 @@ class Brighter:
         return 1 / (1 + np.exp(-np.array(gaps)))
 
 
-def scored(cycle: Cycle, part: Part, judge: object) -> tuple[np.ndarray, np.ndarray]:
+def scored(cycle: PlannedCycle, part: Part, judge: object) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the first shard, and the mean brightness of its pictures."""
-    plan = read_plan(cycle)
-    table = read_shard(cycle.part(part, plan.shards(part)).candidates(0))
+    table = read_shard(cycle.part(part).candidates(0))
     images = [open_image(row["bytes"]) for row in table["image"].to_pylist()]
     advanced: list[int] = []
-    scores = compared_scores(judge, cycle, plan, part, 0, images, table["caption"].to_pylist(), advanced.append)
+    scores = compared_scores(judge, cycle, part, 0, images, table["caption"].to_pylist(), advanced.append)
     assert scores.dtype == np.float32 and sum(advanced) == len(images) == len(scores)
     return scores, np.array([image.mean() for image in images])
 
 
 @pytest.fixture
-def cycle(tmp_path: Path) -> Cycle:
-    return finished_cycle(tmp_path)[1]
+def cycle(tmp_path: Path) -> PlannedCycle:
+    return finished_cycle(tmp_path)
 
 
-def test_candidates_score_how_surely_they_beat_their_mates(cycle: Cycle) -> None:
+def test_candidates_score_how_surely_they_beat_their_mates(cycle: PlannedCycle) -> None:
     judge = Brighter()
-    scores, light = scored(cycle, "training", judge)
+    scores, light = scored(cycle, "candidates", judge)
     groups, lights = scores.reshape(-1, 4), light.reshape(-1, 4)
     for group, own in zip(groups, lights, strict=True):
         chance = 1 / (1 + np.exp(-(own[:, None] - own[None, :])))
@@ -58,14 +57,14 @@ def test_candidates_score_how_surely_they_beat_their_mates(cycle: Cycle) -> None
     np.testing.assert_allclose(groups.mean(axis=1), 0.5, atol=1e-6)
 
 
-def test_in_the_evaluation_a_picture_meets_the_base_s_of_its_prompt(cycle: Cycle) -> None:
+def test_in_the_evaluation_a_picture_meets_the_base_s_of_its_prompt(cycle: PlannedCycle) -> None:
     (base, light), (tuned, other) = (scored(cycle, part, Brighter()) for part in ("base", "tuned"))
     assert (base == 0.5).all()
     np.testing.assert_allclose(tuned, 1 / (1 + np.exp(-(other - light))), atol=1e-6)
 
 
 @pytest.mark.parametrize("answer", [np.array([0.5]), np.full(6, np.nan), np.full(6, 1.5)])
-def test_what_is_no_probability_is_refused(cycle: Cycle, answer: np.ndarray) -> None:
+def test_what_is_no_probability_is_refused(cycle: PlannedCycle, answer: np.ndarray) -> None:
     judge = SimpleNamespace(info=Brighter.info, compare=lambda *_: answer)
     with pytest.raises(ScoringError, match=r"'brighter' compared 6 pairs and returned"):
-        scored(cycle, "training", judge)
+        scored(cycle, "candidates", judge)

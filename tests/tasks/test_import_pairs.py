@@ -20,7 +20,7 @@ from data.preferences import decision, fit, read_pair
 from data.schema import read_metadata
 from data.shards import ShardError, read_shard
 from tasks.import_pairs import Import, import_pairs, plan_import
-from tasks.record.recipe import SECTIONS, ParameterError, resolve
+from tasks.record.recipe import ParameterError, resolve
 from tests.families import FamilyBases
 from training.loop.dataset import PreferencePairs
 
@@ -70,7 +70,7 @@ def job(tiny_preset: Path, tmp_path: Path) -> Import:
 def planned(
     preset: Path, folder: Path, source: Path | None = None, rows: int = 8, max_pairs: int | None = None
 ) -> Import:
-    recipe = resolve(str(preset), 0, {}, {name: kind() for name, kind in SECTIONS.items()})
+    recipe = resolve(str(preset), 0, {}, {})
     return plan_import(str(source or folder), recipe, max_pairs, folder / "imports", rows)
 
 

@@ -13,38 +13,47 @@ from data.manifest import verify
 from data.schema import read_metadata
 from data.shards import read_shard
 from scoring.labels.expressions import parse
-from tasks.record.plan import read_plan
+from tasks.link import link_candidates
+from tasks.record.labels import LabelAgreement, comparisons
+from tasks.record.plan import Plan, PlannedCycle
 from tasks.record.recipe import ParameterError
-from tasks.record.settings import Pairing
-from tasks.record.workspace import Cycle, Experiment
-from tasks.relabel import LabelAgreement, comparisons, link_candidates, relabel, relabelled
-from tasks.report.page import write_report
-from tasks.score import read_scores
+from tasks.record.scores import read_scores
+from tasks.record.settings import Execution, GivenPairing
+from tasks.record.workspace import CycleFolder, Experiment
+from tasks.relabel import relabel
+from tasks.write_report import write_report
 from tests.tasks.report.test_report import finished_cycle
-from training.settings import Execution
 
 
 @pytest.fixture
-def finished(tmp_path: Path) -> tuple[Experiment, Cycle]:
+def finished(tmp_path: Path) -> PlannedCycle:
     return finished_cycle(tmp_path)
 
 
-def files(cycle: Cycle) -> dict[str, tuple[int, int]]:
+def files(cycle: PlannedCycle) -> dict[str, tuple[int, int]]:
     """Every file and when it was written."""
     found = [path for path in cycle.folder.rglob("*") if path.is_file()]
     return {str(path.relative_to(cycle.folder)): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
+
+
+def planned(folder: Path, plan: Plan, prompts: dict[str, dict[str, str]]) -> PlannedCycle:
+    """A cycle of another experiment of which nothing is there but its plan."""
+    cycle = PlannedCycle(Experiment(folder / "other").cycle(1).folder, plan)
+    write_json(cycle.prompts_file, prompts)
+    write_json(cycle.plan_file, plan.model_dump())
+    return cycle
 
 
 def rows_of(folder: Path) -> pa.Table:
     return pa.concat_tables([read_shard(path) for path in sorted(folder.glob("*.arrow"))])
 
 
-def test_other_pairs_lie_beside_the_own_ones_and_nothing_else_is_touched(finished: tuple[Experiment, Cycle]) -> None:
-    _, cycle = finished
+def test_other_pairs_lie_beside_the_own_ones_and_nothing_else_is_touched(finished: PlannedCycle) -> None:
+    cycle = finished
     before = files(cycle)
-    relabel.fn(cycle, "hpsv2", Pairing())
+    relabel.fn(cycle, "hpsv2", GivenPairing())
     assert {name: state for name, state in files(cycle).items() if not name.startswith("relabelled")} == before
-    folder = relabelled(cycle, "hpsv2")
+    folder = cycle.relabelled("hpsv2")
     verify(folder, "deep")
     table = rows_of(folder)
     assert read_metadata(table.schema)["label_rule"]["by"] == "hpsv2"
@@ -53,10 +62,10 @@ def test_other_pairs_lie_beside_the_own_ones_and_nothing_else_is_touched(finishe
     assert table["score_pickscore_0"].null_count == 0 and table["soft_label_0"].null_count == table.num_rows
 
 
-def test_the_comparison_is_what_counting_gives(finished: tuple[Experiment, Cycle]) -> None:
-    _, cycle = finished
-    found = relabel.fn(cycle, "hpsv2", Pairing(rule="all-pairs", min_margin=0.2))
-    table = rows_of(relabelled(cycle, "hpsv2"))
+def test_the_comparison_is_what_counting_gives(finished: PlannedCycle) -> None:
+    cycle = finished
+    found = relabel.fn(cycle, "hpsv2", GivenPairing(rule="all-pairs", min_margin=0.2))
+    table = rows_of(cycle.relabelled("hpsv2"))
     hpsv2, pickscore = (
         np.array(table[f"score_{n}_0"]) - np.array(table[f"score_{n}_1"]) for n in ("hpsv2", "pickscore")
     )
@@ -65,7 +74,7 @@ def test_the_comparison_is_what_counting_gives(finished: tuple[Experiment, Cycle
     assert found.low < found.agreement < found.high and 0.2 < found.high - found.low < 0.7
     assert found.prompts == len(set(table["prompt_id"].to_pylist()))
     assert found.other == "pickscore" and found.other_pairs == sum(1 for _ in rows_of(cycle.preferences)["pair_id"])
-    ids = [set(rows_of(folder)["pair_id"].to_pylist()) for folder in (cycle.preferences, relabelled(cycle, "hpsv2"))]
+    ids = [set(rows_of(folder)["pair_id"].to_pylist()) for folder in (cycle.preferences, cycle.relabelled("hpsv2"))]
     won = {
         row["pair_id"]: row["label_0"] for row in rows_of(cycle.preferences).select(["pair_id", "label_0"]).to_pylist()
     }
@@ -75,17 +84,17 @@ def test_the_comparison_is_what_counting_gives(finished: tuple[Experiment, Cycle
     assert found.same_pairs == len(same) <= len(ids[0] & ids[1])
 
 
-def test_the_same_scorer_agrees_with_itself(finished: tuple[Experiment, Cycle]) -> None:
-    found = relabel.fn(finished[1], "pickscore", Pairing())
+def test_the_same_scorer_agrees_with_itself(finished: PlannedCycle) -> None:
+    found = relabel.fn(finished, "pickscore", GivenPairing())
     assert (found.agreement, found.high) == (1.0, 1.0) and found.low > 0.6
     assert found.pairs == found.other_pairs == found.same_pairs > 5
 
 
-def test_the_report_shows_how_often_they_agree(finished: tuple[Experiment, Cycle]) -> None:
-    experiment, cycle = finished
-    assert "Other labels of the same candidates" not in write_report.fn(experiment, cycle).read_text()
-    found = [relabel.fn(cycle, scorer, Pairing()) for scorer in ("hpsv2", "mean(oracle,2*hpsv2)")]
-    page = write_report.fn(experiment, cycle).read_text()
+def test_the_report_shows_how_often_they_agree(finished: PlannedCycle) -> None:
+    cycle = finished
+    assert "Other labels of the same candidates" not in write_report.fn(cycle).read_text()
+    found = [relabel.fn(cycle, scorer, GivenPairing()) for scorer in ("hpsv2", "mean(oracle,2*hpsv2)")]
+    page = write_report.fn(cycle).read_text()
     section = page[page.index("Other labels of the same candidates") :]
     for comparison in found:
         assert comparison.labelled_by in section
@@ -93,89 +102,89 @@ def test_the_report_shows_how_often_they_agree(finished: tuple[Experiment, Cycle
     assert sorted(comparisons(cycle), key=str) == sorted(found, key=str)
 
 
-def test_doing_it_again_changes_nothing_and_another_rule_is_refused(finished: tuple[Experiment, Cycle]) -> None:
-    _, cycle = finished
-    relabel.fn(cycle, "hpsv2", Pairing(min_margin=0.1))
-    manifest = (relabelled(cycle, "hpsv2") / "manifest.json").read_bytes()
-    relabel.fn(cycle, "hpsv2", Pairing(min_margin=0.1))
-    assert (relabelled(cycle, "hpsv2") / "manifest.json").read_bytes() == manifest
+def test_doing_it_again_changes_nothing_and_another_rule_is_refused(finished: PlannedCycle) -> None:
+    cycle = finished
+    relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=0.1))
+    manifest = (cycle.relabelled("hpsv2") / "manifest.json").read_bytes()
+    relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=0.1))
+    assert (cycle.relabelled("hpsv2") / "manifest.json").read_bytes() == manifest
     with pytest.raises(ParameterError, match=r"pairing=.*another rule; move it away"):
-        relabel.fn(cycle, "hpsv2", Pairing(min_margin=0.2))
+        relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=0.2))
 
 
-def test_agreeing_scorers_make_the_pairs_on_which_both_say_the_same(finished: tuple[Experiment, Cycle]) -> None:
-    _, cycle = finished
-    found = relabel.fn(cycle, "agree(pickscore,hpsv2)", Pairing(rule="all-pairs", min_margin=0))
+def test_agreeing_scorers_make_the_pairs_on_which_both_say_the_same(finished: PlannedCycle) -> None:
+    cycle = finished
+    found = relabel.fn(cycle, "agree(pickscore,hpsv2)", GivenPairing(rule="all-pairs", min_margin=0))
     assert found.agreement == 1.0  # with pickscore alone, which had to agree
-    scored = read_scores(cycle, "training", ["pickscore", "hpsv2"])
+    scored = read_scores(cycle, "candidates", ["pickscore", "hpsv2"])
     groups = [scored.scores[name].reshape(-1, 4) for name in ("pickscore", "hpsv2")]
     gaps = [values[:, :, None] - values[:, None, :] for values in groups]
     assert found.pairs == int(((gaps[0] > 0) & (gaps[1] > 0)).sum())
     assert str(parse("agree(pickscore,hpsv2)")) == found.labelled_by
 
 
-def test_a_new_cycle_gets_links_to_the_pictures(finished: tuple[Experiment, Cycle], tmp_path: Path) -> None:
-    _, source = finished
-    plan = read_plan(source)
+def test_a_new_cycle_gets_links_to_the_pictures(finished: PlannedCycle, tmp_path: Path) -> None:
+    source = finished
+    plan = source.plan
     recipe = plan.recipe.model_copy(update={"candidates_of": str(source.folder), "scorer": "hpsv2"})
-    cycle = Experiment(tmp_path / "other").cycle(1)
-    write_json(cycle.prompts, json.loads(source.prompts.read_text()))
-    write_json(cycle.plan, plan.model_copy(update={"recipe": recipe}).model_dump())
-    link_candidates(cycle)
-    for part in ("training", "base", "control"):
-        ours, theirs = (where.part(part, plan.shards(part)) for where in (cycle, source))
-        for index in range(plan.shards(part)):
+    prompts = json.loads(source.prompts_file.read_text())
+    cycle = planned(tmp_path, plan.model_copy(update={"recipe": recipe}), prompts)
+    link_candidates.fn(cycle)
+    for part in ("candidates", "base", "control"):
+        ours, theirs = (where.part(part) for where in (cycle, source))
+        for index in range(ours.shards):
             assert ours.candidates(index).stat().st_ino == theirs.candidates(index).stat().st_ino
-    assert not cycle.part("tuned", 1).folder.exists() and not (cycle.folder / "scores").exists()
+    assert not cycle.part("tuned").folder.exists() and not (cycle.folder / "scores").exists()
 
 
 def test_of_other_held_out_prompts_only_the_training_pictures_are_linked(
-    finished: tuple[Experiment, Cycle], tmp_path: Path
+    finished: PlannedCycle, tmp_path: Path
 ) -> None:
-    _, source = finished
-    plan, prompts = read_plan(source), json.loads(source.prompts.read_text())
+    source = finished
+    plan, prompts = source.plan, json.loads(source.prompts_file.read_text())
     recipe = plan.recipe.model_copy(update={"candidates_of": str(source.folder)})
-    cycle = Experiment(tmp_path / "other").cycle(1)
-    write_json(cycle.prompts, {**prompts, "evaluation": {"f" * 16: "another prompt"}})
-    write_json(cycle.plan, plan.model_copy(update={"recipe": recipe}).model_dump())
-    link_candidates(cycle)
-    assert cycle.part("training", plan.shards("training")).candidates(0).is_file()
+    other = {**prompts, "evaluation": {"f" * 16: "another prompt"}}
+    cycle = planned(tmp_path, plan.model_copy(update={"recipe": recipe}), other)
+    link_candidates.fn(cycle)
+    assert cycle.part("candidates").candidates(0).is_file()
     assert not cycle.evaluation.exists()
 
 
 def test_comparisons_are_read_back(tmp_path: Path) -> None:
-    cycle = Cycle(tmp_path)
+    cycle = CycleFolder(tmp_path)
     assert comparisons(cycle) == []
-    found = LabelAgreement("a", "b", 3, 4, 2, 3, 0.5, 0.1, 0.9, 0.95)
+    found = LabelAgreement(
+        labelled_by="a", other="b", pairs=3, other_pairs=4, same_pairs=2, prompts=3, agreement=0.5, low=0.1, high=0.9,
+        confidence=0.95,
+    )  # fmt: skip
     write_json(cycle.comparison, vars(found))
     assert comparisons(cycle) == [found]
 
 
-def test_a_margin_that_leaves_no_pair_can_be_lowered(finished: tuple[Experiment, Cycle]) -> None:
-    _, cycle = finished
+def test_a_margin_that_leaves_no_pair_can_be_lowered(finished: PlannedCycle) -> None:
+    cycle = finished
     with pytest.raises(ParameterError, match="lower it"):
-        relabel.fn(cycle, "hpsv2", Pairing(min_margin=1000))
-    assert relabel.fn(cycle, "hpsv2", Pairing(min_margin=0.1)).pairs > 0
+        relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=1000))
+    assert relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=0.1)).pairs > 0
 
 
 def test_candidates_that_their_own_scorer_has_not_scored_are_labelled_all_the_same(
-    finished: tuple[Experiment, Cycle],
+    finished: PlannedCycle,
 ) -> None:
-    _, cycle = finished
+    cycle = finished
     shutil.rmtree(cycle.folder / "scores" / "pickscore")
-    assert relabel.fn(cycle, "hpsv2", Pairing()) is None
-    assert "score_pickscore_0" not in rows_of(relabelled(cycle, "hpsv2")).column_names
+    assert relabel.fn(cycle, "hpsv2", GivenPairing()) is None
+    assert "score_pickscore_0" not in rows_of(cycle.relabelled("hpsv2")).column_names
     assert comparisons(cycle) == []
 
 
-def test_base_pictures_of_another_precision_are_not_linked(finished: tuple[Experiment, Cycle], tmp_path: Path) -> None:
+def test_base_pictures_of_another_precision_are_not_linked(finished: PlannedCycle, tmp_path: Path) -> None:
     """Else the base would be drawn in one precision and the tuned model in another."""
-    _, source = finished
-    plan = read_plan(source)
+    source = finished
+    plan = source.plan
     execution = Execution(**{**plan.recipe.execution.model_dump(), "dtype": "bfloat16"})
     recipe = plan.recipe.model_copy(update={"candidates_of": str(source.folder), "execution": execution})
-    cycle = Experiment(tmp_path / "other").cycle(1)
-    write_json(cycle.prompts, json.loads(source.prompts.read_text()))
-    write_json(cycle.plan, plan.model_copy(update={"recipe": recipe}).model_dump())
-    link_candidates(cycle)
-    assert cycle.part("training", plan.shards("training")).candidates(0).is_file() and not cycle.evaluation.exists()
+    prompts = json.loads(source.prompts_file.read_text())
+    cycle = planned(tmp_path, plan.model_copy(update={"recipe": recipe}), prompts)
+    link_candidates.fn(cycle)
+    assert cycle.part("candidates").candidates(0).is_file() and not cycle.evaluation.exists()

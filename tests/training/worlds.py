@@ -1,6 +1,7 @@
 """A tiny base model and a sealed preference folder of random latents, for the tests of the trainer."""
 
 import io
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +105,7 @@ def make_plan(folder: Path, shapes: Shapes | None = None, **changes: object) -> 
         "model": ModelRef(str(base)), "pairs": str(pairs), "output": str(folder / "out"), "method": "lora",
         "lora": Lora(4, 4.0), "steps": 6, "batch_size": 4, "micro_batch_size": 4, "learning_rate": 1e-3,
         "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "beta": 2000.0, "checkpoint_every": 2, "seed": 0,
-        "device": "cpu",
+        "device": "cpu", **changes,
     }  # fmt: skip
-    return TrainingPlan(**{**values, **changes})  # type: ignore[arg-type]
+    plain = {name: asdict(value) if isinstance(value, ModelRef | Lora) else value for name, value in values.items()}
+    return TrainingPlan.from_dict(plain)

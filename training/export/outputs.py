@@ -5,7 +5,6 @@
            README.md                 the card; card.json: what it is made of besides checkpoint.json
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,19 +16,21 @@ from training.export.kohya import TRANSFORMERS, UNETS, Base, write_kohya
 from training.export.model_card import KOHYA_FILE, model_card, provenance
 from training.loop.checkpoint import RECORD
 from training.model.reference import ModelError, model_index
+from training.plan import TrainingPlan
 
 CARD = "card.json"
 
 
-def write_outputs(training: Path, plan: Any, pairs: Path, evaluation: Mapping[str, Any] | None = None) -> list[Path]:
+def write_outputs(
+    training: Path, plan: TrainingPlan, pairs: Path, evaluation: Mapping[str, Any] | None = None
+) -> list[Path]:
     """Write all of it for a finished training; what is there is replaced. Returns the files.
 
-    plan: the `TrainingPlan`, or its fields. pairs: the sealed preference folder. evaluation: `results.json`; called
+    pairs: the sealed preference folder. evaluation: `results.json`; called
     again with it once there is one. A family without known kohya keys gets none.
     """
-    fields = dataclasses.asdict(plan) if dataclasses.is_dataclass(plan) and not isinstance(plan, type) else dict(plan)
     written = _kohya(training)
-    write_json(training / CARD, {"plan": fields, "data": provenance(pairs), "evaluation": evaluation})
+    write_json(training / CARD, {"plan": plan.to_dict(), "data": provenance(pairs), "evaluation": evaluation})
     write_text(training / "README.md", card_of(training))
     return [*written, training / CARD, training / "README.md"]
 

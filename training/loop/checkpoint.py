@@ -21,7 +21,7 @@ RECORD = "checkpoint.json"
 Tensors = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointRecord:
     """A finished training run. model: what to load. beta and kappa: see `training.loss.errors.kappa_of`.
 

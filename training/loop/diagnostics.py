@@ -81,11 +81,11 @@ class Watch:
     """Judges a run step by step. Its state follows from the metrics alone, so a resumed run replays its history.
 
     context: values of the parameters that a message names, as far as known: learning_rate, beta, loss, steps,
-    max_grad_norm.
+    max_grad_norm. held: whether the loss holds the policy to a reference, so that a larger beta would help.
     """
 
-    def __init__(self, context: Mapping[str, object] | None = None) -> None:
-        self._context = dict(context or {})
+    def __init__(self, context: Mapping[str, object] | None = None, held: bool = True) -> None:
+        self._context, self._held = dict(context or {}), held
         self._start: list[Metrics] = []
         self._recent: deque[Metrics] = deque(maxlen=WINDOW)
         self._gradients: deque[float] = deque(maxlen=GRADIENT_MEMORY)
@@ -179,7 +179,7 @@ class Watch:
 
     def _advice(self) -> str:
         lower = f"Lower training.learning_rate{self._now('learning_rate')}"
-        if self._context.get("loss") in ("sft", "mapo"):  # held by nothing to where they started
+        if not self._held:
             return f"{lower} or training.steps{self._now('steps')}"
         return f"{lower} or raise training.beta{self._now('beta')}"
 

@@ -12,7 +12,7 @@ from training.loop.diagnostics import by_quartile, reference_errors
 from training.loop.policy import Policy
 from training.loop.reference_errors import ReferenceErrors
 from training.loss.errors import LossOutput, PairErrors, PairLabels, kappa_of, residual_alignment, squared_error
-from training.loss.table import LOSSES, LossOptions, preference_loss
+from training.loss.table import LOSSES, preference_loss
 from training.model.devices import to_device
 from training.model.family import Conditions, Family, PromptEmbeddings
 from training.model.noise import NoiseProcess, draw, generator_of
@@ -66,6 +66,7 @@ class PairLoss:
         self,
         plan: TrainingPlan,
         policy: Policy,
+        *,
         network: torch.nn.Module,
         process: NoiseProcess,
         device: torch.device,
@@ -81,7 +82,7 @@ class PairLoss:
         self.encoders, self.anywhere = encoders, anywhere
         self.whole = None if whole is None else torch.tensor([whole], dtype=torch.float32, device=device)
         self.family: Family = policy.family
-        self.needs = LOSSES[plan.loss]
+        self.needs = LOSSES[plan.training.loss]
         self.precision = next(policy.network.parameters()).dtype
 
     def __call__(self, batch: PairBatch) -> LossOutput:
@@ -98,14 +99,15 @@ class PairLoss:
         if self.needs.alignment:
             errors["alignment"] = self._alignment(predicted, inputs)
         labels = PairLabels(to_device(batch.soft_label, self.device), to_device(batch.margin, self.device))
-        found, options = PairErrors(**errors), LossOptions.of(self.plan)
-        loss, metrics = preference_loss(self.plan.loss, found, kappa_of(self.plan.beta), options, labels)
-        metrics |= reference_errors(found)
+        of_pairs, training = PairErrors(**errors), self.plan.training
+        kappa, options = kappa_of(training.beta), training.loss_options()
+        loss, metrics = preference_loss(training.loss, of_pairs, kappa, options, labels)
+        metrics |= reference_errors(of_pairs)
         return LossOutput(loss, metrics | by_quartile(inputs.level[: len(loss)], metrics, BY_QUARTILE))
 
     def _number(self, epoch: int) -> int:
         """Of the draw. Negative epochs are those of held-out pairs, which are looked at with draws of their own."""
-        return epoch % self.plan.noise_draws if self.plan.noise_draws and epoch >= 0 else epoch
+        return epoch % self.plan.training.noise_draws if self.plan.training.noise_draws and epoch >= 0 else epoch
 
     def _inputs(self, batch: PairBatch, numbers: list[int], sides: int) -> _Inputs:
         images = [batch.winner, batch.loser][:sides]
@@ -118,11 +120,11 @@ class PairLoss:
         prompts = self._prompts(batch.prompts, dropped).map(lambda each: _repeat(to_device(each, self.device), sides))
         gone = [False] * len(draws) if dropped is None or self.encoders is None else dropped.tolist()
         conditions = Conditions(
-            prompts.to(self.device, self.precision), self._sizes(batch, sides), self.plan.guidance_input
+            prompts.to(self.device, self.precision), self._sizes(batch, sides), self.plan.training.guidance_input
         )
         return _Inputs(
             noisy.to(self.precision), times, conditions, self.process.target(latents, noise, times),
-            self.process.error_factor(times, self.plan.error_space), self.process.level(times),
+            self.process.error_factor(times, self.plan.training.error_space), self.process.level(times),
             [None if without else text for text, without in zip(batch.captions, gone, strict=True)],
         )  # fmt: skip
 
@@ -131,7 +133,7 @@ class PairLoss:
         if self.empty is None or _held_out(draws):
             return None
         keys = [generator_of(f"{self.plan.seed}:prompt:{pair}:{number}") for pair, number in draws]
-        return torch.stack([torch.rand((), generator=key) for key in keys]) < self.plan.prompt_dropout
+        return torch.stack([torch.rand((), generator=key) for key in keys]) < self.plan.training.prompt_dropout
 
     def _prompts(self, prompts: PromptEmbeddings, dropped: torch.Tensor | None) -> PromptEmbeddings:
         """A share of draws sees the empty prompt; both sides of a pair see the same."""

@@ -5,13 +5,14 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 
 from data.files import write_text
 from training.loop.checkpoint import CheckpointRecord
 from training.loop.diagnostics import TrainingDiverged
-from training.loop.run import Metrics, Run, watch_of
+from training.loop.metrics import Metrics
+from training.loop.run import Run
+from training.loop.start import watch_of
 from training.loop.trackers import tracking
 from training.plan import TrainingPlan
 
@@ -39,7 +40,7 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
     watch = watch_of(plan)
     watch.replay(history)
     with _Log(output / METRICS, history, run.first_process) as log, _tracking(plan, first) as track:
-        for step in range(first, plan.steps):
+        for step in range(first, plan.training.steps):
             metrics = run.step(step)
             for warning in watch.observe(metrics):
                 logger.warning(warning)
@@ -50,7 +51,7 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
             track(step + 1, metrics)
             if run.first_process:
                 on_step(step + 1, metrics)
-            if (step + 1) % plan.checkpoint_every == 0:
+            if (step + 1) % plan.training.checkpoint_every == 0:
                 log.sync()  # a checkpoint without the metrics up to it could not be resumed
                 run.save(output, step + 1)
     return run.finish(output, history)
@@ -58,7 +59,7 @@ def train(plan: TrainingPlan, on_step: Callable[[int, Metrics], None] = lambda s
 
 def _tracking(plan: TrainingPlan, first: int) -> AbstractContextManager[Callable[[int, Mapping[str, float]], None]]:
     output = Path(plan.output)
-    return tracking(plan.trackers, output, output.parent.name, asdict(plan), first)
+    return tracking(plan.execution.trackers, output, output.parent.name, plan.to_dict(), first)
 
 
 def _overflowing(step: int) -> str:

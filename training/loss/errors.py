@@ -1,14 +1,15 @@
 """What every preference loss is made of: errors of each pair, its labels, and the numbers that are logged.
 
-Notation, here and in `preference_losses`: l(x) = mean over latent elements of |prediction - target|^2, in float32, one
+Notation, here and in `formulas`: l(x) = mean over latent elements of |prediction - target|^2, in float32, one
 number a sample; D = [l_policy(w) - l_ref(w)] - [l_policy(l) - l_ref(l)], good when negative; margin h = -kappa * D.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, Union
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-Number = torch.Tensor | float
+Number: TypeAlias = Union["torch.Tensor", float]
 """(pairs,), or one number for all."""
 
 
@@ -18,17 +19,17 @@ class PairErrors(NamedTuple):
     None: not computed, since the loss does not need it. alignment: see `residual_alignment`.
     """
 
-    policy_winner: torch.Tensor
-    policy_loser: torch.Tensor | None = None
-    reference_winner: torch.Tensor | None = None
-    reference_loser: torch.Tensor | None = None
-    alignment: torch.Tensor | None = None
+    policy_winner: "torch.Tensor"
+    policy_loser: "torch.Tensor | None" = None
+    reference_winner: "torch.Tensor | None" = None
+    reference_loser: "torch.Tensor | None" = None
+    alignment: "torch.Tensor | None" = None
 
-    def winner_delta(self) -> torch.Tensor:
+    def winner_delta(self) -> "torch.Tensor":
         """l_policy(w) - l_ref(w), (pairs,). Raises ValueError without a reference."""
         return self.policy_winner - known(self.reference_winner, "reference_winner")
 
-    def loser_delta(self) -> torch.Tensor:
+    def loser_delta(self) -> "torch.Tensor":
         """l_policy(l) - l_ref(l), (pairs,). Raises ValueError without a reference or a loser."""
         return known(self.policy_loser, "policy_loser") - known(self.reference_loser, "reference_loser")
 
@@ -40,25 +41,25 @@ class PairLabels(NamedTuple):
     margin of the training set.
     """
 
-    soft: torch.Tensor | None = None
-    margin: torch.Tensor | None = None
+    soft: "torch.Tensor | None" = None
+    margin: "torch.Tensor | None" = None
 
 
 class LossOutput(NamedTuple):
     """loss (pairs,) and the pair's metrics, each (pairs,) and detached."""
 
-    loss: torch.Tensor
-    metrics: dict[str, torch.Tensor]
+    loss: "torch.Tensor"
+    metrics: "dict[str, torch.Tensor]"
 
 
-def known(value: torch.Tensor | None, name: str) -> torch.Tensor:
+def known(value: "torch.Tensor | None", name: str) -> "torch.Tensor":
     """The value, or a ValueError that says what is missing."""
     if value is None:
         raise ValueError(f"{name} is None, and the loss needs it")
     return value
 
 
-def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def squared_error(prediction: "torch.Tensor", target: "torch.Tensor") -> "torch.Tensor":
     """Mean squared error of each sample, (n,) float32.
 
     Both sides are made float32 before the difference: rounding a half-precision error of 0.1 to 0.3 adds
@@ -67,7 +68,7 @@ def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tenso
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
-def residual_alignment(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def residual_alignment(prediction: "torch.Tensor", target: "torch.Tensor") -> "torch.Tensor":
     """<r_w, r_l> / elements of each pair, (pairs,) float32, detached; r = prediction - target.
 
     prediction, target: (2 * pairs, ...), all winners first. Up to a factor it is the inner product of the gradients of
@@ -92,7 +93,7 @@ def check_kappa(kappa: float) -> None:
         raise ValueError(f"kappa={kappa}: must be positive; beta = 2 * kappa")
 
 
-def pair_metrics(errors: PairErrors, margin: torch.Tensor | None) -> dict[str, torch.Tensor]:
+def pair_metrics(errors: PairErrors, margin: "torch.Tensor | None") -> "dict[str, torch.Tensor]":
     """What is logged of each pair, detached: with a reference how far each error is from it, else the errors.
 
     margin (pairs,): what the loss wants to be large, None where it compares nothing. implicit_accuracy counts an

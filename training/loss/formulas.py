@@ -6,11 +6,12 @@ kappa is and how the published numbers translate: docs/training.md.
 """
 
 from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
 from training.loss.errors import LossOutput, Number, PairErrors, check_kappa, known, pair_metrics
+
+if TYPE_CHECKING:
+    import torch
 
 DESIRABLE_SHARE = 0.8
 """Share of liked images in training, as drawn for Diffusion-KTO (arXiv:2404.04465, gamma in its settings)."""
@@ -51,7 +52,7 @@ def hinge(errors: PairErrors, kappa: float, offset: Number = 0.0) -> LossOutput:
     A pair whose margin has reached 1 + offset pulls no more. Raises ValueError unless kappa > 0.
     """
     margin = dpo_margin(errors, kappa)
-    return LossOutput(F.relu(1 - (margin - offset)), pair_metrics(errors, margin))
+    return LossOutput((1 - (margin - offset)).relu(), pair_metrics(errors, margin))
 
 
 def ipo(errors: PairErrors, kappa: float, probability: Number = 1.0) -> LossOutput:
@@ -127,34 +128,38 @@ def kto(errors: PairErrors, kappa: float) -> LossOutput:
     the first step, and stays 0 while both errors rise. Raises ValueError unless kappa > 0.
     """
     winner, loser, share = errors.winner_delta(), errors.loser_delta(), DESIRABLE_SHARE
-    loss = share * torch.sigmoid(kappa * winner) + (1 - share) * torch.sigmoid(-kappa * loser)
+    loss = share * (kappa * winner).sigmoid() + (1 - share) * (-kappa * loser).sigmoid()
     return LossOutput(loss, pair_metrics(errors, dpo_margin(errors, kappa)))
 
 
-def dpo_margin(errors: PairErrors, kappa: float) -> torch.Tensor:
+def dpo_margin(errors: PairErrors, kappa: float) -> "torch.Tensor":
     """h = -kappa * D, (pairs,), in logits. Raises ValueError unless kappa > 0."""
     check_kappa(kappa)
     return -kappa * (errors.winner_delta() - errors.loser_delta())
 
 
-def _log_loss(margin: torch.Tensor) -> torch.Tensor:
-    return -F.logsigmoid(margin)
+def _log_loss(margin: "torch.Tensor") -> "torch.Tensor":
+    from torch.nn.functional import logsigmoid
+
+    return -logsigmoid(margin)
 
 
-def _expected(loss: Callable[[torch.Tensor], torch.Tensor], margin: torch.Tensor, probability: Number) -> torch.Tensor:
+def _expected(
+    loss: "Callable[[torch.Tensor], torch.Tensor]", margin: "torch.Tensor", probability: Number
+) -> "torch.Tensor":
     """The loss in expectation when the labelled winner is the better image with this probability."""
     return probability * loss(margin) + (1 - probability) * loss(-margin)
 
 
-def _loser_scale(winner: torch.Tensor, alignment: torch.Tensor, mu: float) -> torch.Tensor:
+def _loser_scale(winner: "torch.Tensor", alignment: "torch.Tensor", mu: float) -> "torch.Tensor":
     against = alignment > 0  # lowering the loser's quality would then lower the winner's too
-    bound = (1 - mu) * winner / torch.where(against, alignment, 1.0)
-    return torch.where(against, bound.clamp(0, 1), 1.0)
+    bound = (1 - mu) * winner / alignment.where(against, 1.0)
+    return bound.clamp(0, 1).where(against, 1.0)
 
 
-def _likelihood_ratio(error: torch.Tensor) -> torch.Tensor:
+def _likelihood_ratio(error: "torch.Tensor") -> "torch.Tensor":
     """phi(x) = x / (exp(x) - 1) at x = eta * error, 1 at 0; its series where the quotient would lose its gradient."""
     x = MAPO_SNR * error
     series = 1 - x / 2 + x.square() / 12 - x.pow(4) / 720
-    large = torch.where(x < 0.1, 1.0, x)
-    return torch.where(x < 0.1, series, large * torch.exp(-large) / -torch.expm1(-large))
+    large = x.masked_fill(x < 0.1, 1.0)
+    return series.where(x < 0.1, large * (-large).exp() / -(-large).expm1())

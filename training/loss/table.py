@@ -1,8 +1,11 @@
-"""Finds a preference loss by its name, with its options, and knows what it needs: reference, loser, labels."""
+"""Finds a preference loss by its name, with its options, and knows what it needs: reference, loser, labels.
+
+A new loss is a formula and an entry of `LOSSES`. Importing this module does not load torch.
+"""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from training.loss.errors import LossOutput, Number, PairErrors, PairLabels, known
 from training.loss.formulas import dco, diffusion_dpo, hinge, ipo, kto, mapo, robust_dpo, safeguarded_dpo, sft
@@ -28,11 +31,6 @@ class LossOptions:
     margin_weights: bool = False
     sdpo_mu: float = 0.9
 
-    @classmethod
-    def of(cls, settings: object) -> "LossOptions":
-        """From anything that has attributes of these names."""
-        return cls(**{option.name: getattr(settings, option.name) for option in fields(cls)})
-
     def probability(self, labels: PairLabels) -> Number:
         """That the labelled winner is the better image, after smoothing: (pairs,), or one number for all."""
         sure: Number = known(labels.soft, "soft") if self.soft_labels else 1.0
@@ -44,11 +42,13 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class Loss:
-    """compute: from errors, kappa, options and labels. takes: the options that mean something for it
-    (margin_weights does for all, sdpo_mu for sdpo alone).
+    """A preference loss and what it needs.
 
-    at_zero: the loss of an untrained policy, None where it depends on the errors. loser, reference, alignment: whether
-    it needs the loser's errors, the reference's, and `PairErrors.alignment`; what it does not need is not computed.
+    compute: the loss from errors, kappa, options and labels. takes: the options that mean something for it
+    (margin_weights does for all, sdpo_mu for sdpo alone). at_zero: the loss of an untrained policy, None where it
+    depends on the errors. loser, reference, alignment: whether it needs the loser's errors, the reference's, and
+    `PairErrors.alignment`; what it does not need is not computed. Without a reference nothing holds the policy to where
+    it started. demands: options without which it is another loss, and what they are.
     """
 
     compute: Callable[[PairErrors, float, LossOptions, PairLabels], LossOutput]
@@ -57,6 +57,7 @@ class Loss:
     loser: bool = True
     reference: bool = True
     alignment: bool = False
+    demands: Mapping[str, str] = field(default_factory=dict)
 
 
 LN_2 = math.log(2)
@@ -69,7 +70,7 @@ LOSSES = {
     ),
     "rdpo": Loss(
         lambda errors, kappa, options, labels: robust_dpo(errors, kappa, options.label_smoothing),
-        ("label_smoothing", "sft_weight"), LN_2,
+        ("label_smoothing", "sft_weight"), LN_2, demands={"label_smoothing": "the share of labels that are wrong"},
     ),
     "hinge": Loss(
         lambda errors, kappa, options, labels: hinge(errors, kappa, options.offset(labels)),
@@ -129,8 +130,9 @@ def check_options(name: str, options: LossOptions) -> None:
         if value and option not in LOSSES[name].takes:
             able = ", ".join(other for other, loss in LOSSES.items() if option in loss.takes)
             raise ValueError(f"training.{option}={value}: means nothing with training.loss={name!r}, but with {able}")
-    if name == "rdpo" and not options.label_smoothing:
-        raise ValueError("training.loss='rdpo' needs training.label_smoothing > 0, the share of labels that are wrong")
+    for option, meaning in LOSSES[name].demands.items():
+        if not getattr(options, option):
+            raise ValueError(f"training.loss={name!r} needs training.{option} > 0, {meaning}")
     if options.margin_offset and options.soft_labels:
         raise ValueError(
             f"training.margin_offset={options.margin_offset}: not together with training.soft_labels, which say "

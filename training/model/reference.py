@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class ModelRef:
     def read(cls, values: Mapping[str, Any]) -> "ModelRef":
         """The inverse of `to_dict`. Records of version 0.1 call the network `unet`."""
         return cls(**{"network" if name == "unet" else name: value for name, value in values.items()})
+
+    def within(self, folder: Path) -> "ModelRef":
+        """The model with the paths of its weights, where they are relative, taken as relative to a folder."""
+        network, adapter = (str(folder / path) if path else None for path in (self.network, self.adapter))
+        return replace(self, network=network, adapter=adapter)
 
 
 def model_index(base: str, revision: str | None = None) -> dict[str, Any]:

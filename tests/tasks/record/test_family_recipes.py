@@ -7,8 +7,8 @@ import diffusers
 import pytest
 
 from tasks.record.checks import check
-from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
-from tasks.record.settings import Generation
+from tasks.record.recipe import ParameterError, Recipe, resolve
+from tasks.record.settings import GivenGeneration
 from tests.families import FamilyBases
 from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 from training.model.schedulers import flow_schedulers
@@ -18,8 +18,7 @@ EULER = "FlowMatchEulerDiscreteScheduler"
 
 
 def recipe(preset: Path, base: Path, scheduler: str, options: dict[str, object]) -> Recipe:
-    sections = {name: kind() for name, kind in SECTIONS.items()}
-    sections["generation"] = Generation(scheduler=scheduler, scheduler_options=options)
+    sections = {"generation": GivenGeneration(scheduler=scheduler, scheduler_options=options)}
     return resolve(str(preset), 0, {"base_model": str(base)}, sections)
 
 
@@ -104,7 +103,7 @@ def test_models_and_schedulers_in_the_formulation_of_edm_are_refused(
         check(recipe(tiny_preset, bases.folder("sdxl"), edm, {}), tmp_path)
     base = Path(shutil.copytree(bases.folder("sdxl"), tmp_path / "playground"))
     getattr(diffusers, edm)().save_pretrained(base / "scheduler")
-    with pytest.raises(ParameterError, match=rf"base_model='.*playground' has a {edm}: .*EDM.*epsilon or v"):
+    with pytest.raises(ValueError, match=rf"base_model='.*playground' has a {edm}: .*EDM.*epsilon or v"):
         check(recipe(tiny_preset, base, "DPMSolverMultistepScheduler", {}), tmp_path)
 
 

@@ -6,13 +6,12 @@ import pytest
 
 from tasks.plan_cycle import plan_cycle
 from tasks.record.checks import check
-from tasks.record.recipe import SECTIONS, ParameterError, Recipe, resolve
-from tasks.record.runs import begin_run, end_run
-from tasks.record.settings import Evaluation, Generation
+from tasks.record.recipe import ParameterError, Recipe, resolve
+from tasks.record.runs import begin_run
+from tasks.record.settings import Given, GivenEvaluation, GivenExecution, GivenGeneration, GivenTraining, Settings
 from tasks.record.workspace import experiment_at
-from training.settings import Execution, Section, Training
 
-NOTHING: dict[str, Section] = {name: kind() for name, kind in SECTIONS.items()}
+NOTHING: dict[str, Given[Settings]] = {}
 
 
 @pytest.fixture
@@ -20,7 +19,7 @@ def recipe(tiny_preset: Path) -> Recipe:
     return resolve(str(tiny_preset), 0, {}, NOTHING)
 
 
-def changed(preset: Path, flat: dict[str, object] | None = None, **sections: Section) -> Recipe:
+def changed(preset: Path, flat: dict[str, object] | None = None, **sections: Given[Settings]) -> Recipe:
     return resolve(str(preset), 0, flat or {}, NOTHING | sections)
 
 
@@ -53,30 +52,36 @@ def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[s
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"generation": Generation(scheduler="Nope")}, r"generation\.scheduler='Nope'.*DDIMScheduler"),
+        ({"generation": GivenGeneration(scheduler="Nope")}, r"generation\.scheduler='Nope'.*DDIMScheduler"),
         (
-            {"generation": Generation(scheduler_options={"spacing": 1})},
+            {"generation": GivenGeneration(scheduler_options={"spacing": 1})},
             r"scheduler_options=\['spacing'\].*timestep_spacing",
         ),
-        ({"training": Training(lora_targets=["to_q", "to_z"])}, r"lora_targets.*'to_z'.*to_q"),
-        ({"training": Training(mixed_precision="fp16")}, r"mixed_precision='fp16' needs a CUDA device"),
-        ({"training": Training(loss="hinge", label_smoothing=0.1)}, r"training\.label_smoothing=0\.1.*'hinge'.*dpo"),
+        ({"training": GivenTraining(lora_targets=["to_q", "to_z"])}, r"lora_targets.*'to_z'.*to_q"),
+        ({"training": GivenTraining(mixed_precision="fp16")}, r"mixed_precision='fp16' needs a CUDA device"),
         (
-            {"training": Training(method="full", text_encoders=True)},
+            {"training": GivenTraining(loss="hinge", label_smoothing=0.1)},
+            r"training\.label_smoothing=0\.1.*'hinge'.*dpo",
+        ),
+        (
+            {"training": GivenTraining(method="full", text_encoders=True)},
             r"training\.text_encoders=true: not with training\.method='full'.*use method='lora'",
         ),
-        ({"training": Training(loss="rdpo")}, r"'rdpo' needs training\.label_smoothing"),
+        ({"training": GivenTraining(loss="rdpo")}, r"'rdpo' needs training\.label_smoothing"),
         (
-            {"execution": Execution(shard=True, offload_reference=True)},
+            {"execution": GivenExecution(shard=True, offload_reference=True)},
             r"shard=true.*offload_reference=true.*leave one",
         ),
-        ({"execution": Execution(device="cuda:77")}, r"execution\.device='cuda:77'.*cpu"),
-        ({"evaluation": Evaluation(prompts="absent.csv")}, r"evaluation\.prompts='absent\.csv'.*no such file"),
-        ({"generation": Generation(prompts_per_cycle=200, candidates=1024, height=65536)}, r"workspace=.*GiB are free"),
+        ({"execution": GivenExecution(device="cuda:77")}, r"execution\.device='cuda:77'.*cpu"),
+        ({"evaluation": GivenEvaluation(prompts="absent.csv")}, r"evaluation\.prompts='absent\.csv'.*no such file"),
+        (
+            {"generation": GivenGeneration(prompts_per_cycle=200, candidates=1024, height=65536)},
+            r"workspace=.*GiB are free",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(
-    tiny_preset: Path, tmp_path: Path, section: dict[str, Section], message: str
+    tiny_preset: Path, tmp_path: Path, section: dict[str, Given[Settings]], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check(changed(tiny_preset, **section), tmp_path)
@@ -84,7 +89,7 @@ def test_wrong_settings_are_refused(
 
 def test_soft_labels_need_scorers_that_say_how_sure_they_are(tiny_preset: Path, tmp_path: Path) -> None:
     """pickscore has a scale of its own; the oracle has none."""
-    soft = {"training": Training(soft_labels=True)}
+    soft = {"training": GivenTraining(soft_labels=True)}
     check(changed(tiny_preset, **soft), tmp_path)
     oracle = changed(tiny_preset, {"scorer": "shapes.oracle:Oracle"}, **soft)
     with pytest.raises(ParameterError, match=r"training\.soft_labels=true.*preference_scale of shapes\.oracle:Oracle"):
@@ -95,7 +100,7 @@ def test_a_model_that_predicts_something_else_is_refused(tiny_preset: Path, tmp_
     from tests.tiny import save_pipeline
 
     odd = save_pipeline(tmp_path / "odd", prediction_type="sample")
-    with pytest.raises(ParameterError, match=r"predicts 'sample'; supported: epsilon, v_prediction"):
+    with pytest.raises(ValueError, match=r"predicts 'sample'; supported: epsilon, v_prediction"):
         check(changed(tiny_preset, {"base_model": str(odd)}), tmp_path)
 
 
@@ -106,22 +111,21 @@ def test_a_base_model_that_changed_under_a_plan_is_refused(recipe: Recipe, tmp_p
     shutil.copytree(recipe.base_model, base)
     own = recipe.model_copy(update={"base_model": str(base)})
     experiment = experiment_at(str(tmp_path), "x")
-    _, run = begin_run(experiment, own, 1)
-    plan = plan_cycle.fn(experiment, run, 1)
-    assert plan_cycle.fn(experiment, run, 1) == plan
+    cycle = plan_cycle.fn(experiment, own, 1)
+    assert plan_cycle.fn(experiment, own, 1) == cycle
     (base / "unet" / "config.json").write_text((base / "unet" / "config.json").read_text() + " ")
     with pytest.raises(ParameterError, match=r"has changed since"):
-        plan_cycle.fn(experiment, run, 1)
+        plan_cycle.fn(experiment, own, 1)
 
 
 def test_a_folder_that_is_no_model_is_refused(tiny_preset: Path, tmp_path: Path) -> None:
-    with pytest.raises(ParameterError, match=r"no model_index\.json"):
+    with pytest.raises(ValueError, match=r"no model_index\.json"):
         check(changed(tiny_preset, {"base_model": str(tmp_path)}), tmp_path)
 
 
 def test_too_few_held_out_prompts_are_refused(tiny_preset: Path, tmp_path: Path) -> None:
     (tmp_path / "few.txt").write_text("one\ntwo\n")
-    few = changed(tiny_preset, evaluation=Evaluation(prompts=str(tmp_path / "few.txt")))
+    few = changed(tiny_preset, evaluation=GivenEvaluation(prompts=str(tmp_path / "few.txt")))
     with pytest.raises(ParameterError, match=r"2 held-out prompts; at least 10"):
         check(few, tmp_path)
 
@@ -134,11 +138,11 @@ def test_an_experiment_name_stays_inside_the_workspace(tmp_path: Path) -> None:
 def test_the_same_parameters_resume_and_others_begin_anew(recipe: Recipe, tmp_path: Path) -> None:
     experiment = experiment_at(str(tmp_path), "x")
     other = recipe.model_copy(update={"seed": 7})
-    path, run = begin_run(experiment, recipe, 2)
+    run = begin_run(experiment, recipe, 2)
     assert run.cycles == [1, 2]
-    assert begin_run(experiment, recipe, 2) == (path, run)
-    other_path, other_run = begin_run(experiment, other, 1)
-    assert other_run.cycles == [3] and other_path != path
-    assert begin_run(experiment, recipe, 2) == (path, run), "the older unfinished run is found again"
-    end_run(path, run)
-    assert begin_run(experiment, recipe, 2)[1].cycles == [4, 5]
+    assert begin_run(experiment, recipe, 2) == run
+    other_run = begin_run(experiment, other, 1)
+    assert other_run.cycles == [3] and other_run.path != run.path
+    assert begin_run(experiment, recipe, 2) == run, "the older unfinished run is found again"
+    run.finish()
+    assert begin_run(experiment, recipe, 2).cycles == [4, 5]

@@ -1,16 +1,17 @@
 """Presets and what users put on top of them."""
 
+import subprocess
+import sys
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from tasks.record.recipe import RECIPES, SECTIONS, ParameterError, preset_names, resolve
-from tasks.record.settings import Generation
-from training.settings import Training
+from tasks.record.settings import Given, GivenGeneration, GivenTraining, Settings, Training
+from training.loss.table import LOSSES, LossOptions
 
-NOTHING = {name: kind() for name, kind in SECTIONS.items()}
+NOTHING: dict[str, Given[Settings]] = {}
 
 
 @pytest.mark.parametrize("preset", preset_names())
@@ -21,7 +22,7 @@ def test_every_shipped_preset_is_complete_and_valid(preset: str) -> None:
 
 
 def test_the_user_beats_the_preset_and_the_rest_stays() -> None:
-    sections = NOTHING | {"generation": Generation(candidates=5)}
+    sections = NOTHING | {"generation": GivenGeneration(candidates=5)}
     recipe = resolve("shapes", 3, {"scorer": "hpsv2", "prompts": None}, sections)
     plain = resolve("shapes", 3, {}, NOTHING)
     assert (recipe.scorer, recipe.generation.candidates) == ("hpsv2", 5)
@@ -29,7 +30,7 @@ def test_the_user_beats_the_preset_and_the_rest_stays() -> None:
 
 
 def test_a_null_is_the_same_as_left_out() -> None:
-    assert Generation(candidates=None, steps=None).given() == {}
+    assert GivenGeneration(candidates=None, steps=None).values() == {}
 
 
 def test_the_published_defaults_are_accepted_by_their_own_schema() -> None:
@@ -37,8 +38,8 @@ def test_the_published_defaults_are_accepted_by_their_own_schema() -> None:
     from jsonschema import validate
 
     for kind in SECTIONS.values():
-        schema = kind.model_json_schema()
-        validate(kind().model_dump(), schema)
+        schema = Given[kind].model_json_schema()  # type: ignore[valid-type]
+        validate(Given[kind]().model_dump(), schema)
         assert not any("default" in field for field in schema["properties"].values())
 
 
@@ -53,22 +54,21 @@ def test_the_published_defaults_are_accepted_by_their_own_schema() -> None:
 )
 def test_wrong_numbers_and_unknown_keys_are_refused(values: dict[str, object], field: str) -> None:
     with pytest.raises(ValidationError, match=field):
-        Generation(**values)
+        GivenGeneration(**values)
 
 
 def test_the_losses_on_offer_are_those_there_are() -> None:
-    """The settings name them without importing torch."""
-    from training.loss.table import LOSSES, LossOptions
-
-    assert get_args(Training.model_fields["loss"].annotation) == tuple(LOSSES)
+    assert Training.model_json_schema()["properties"]["loss"]["enum"] == list(LOSSES)
+    with pytest.raises(ValidationError, match=r"loss\n.*must be one of dpo, rdpo"):
+        GivenTraining(loss="dop")
     assert set(LossOptions.__dataclass_fields__) < set(Training.model_fields)
     with pytest.raises(ValidationError, match="label_smoothing"):
-        Training(label_smoothing=0.5)
+        GivenTraining(label_smoothing=0.5)
 
 
 def test_a_negative_learning_rate_is_refused() -> None:
     with pytest.raises(ValidationError, match="learning_rate"):
-        Training(learning_rate=-1e-4)
+        GivenTraining(learning_rate=-1e-4)
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
@@ -86,12 +86,12 @@ def test_a_preset_that_leaves_a_field_open_is_refused_by_name(tmp_path: Path) ->
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_shipped_preset_names_things_that_there_are(preset: str) -> None:
     """Nothing here may depend on the model: hub models are not at hand."""
-    from training.loss.table import LossOptions, check_options
+    from training.loss.table import check_options
     from training.model.schedulers import scheduler_names, scheduler_options
 
     recipe = resolve(preset, 0, {}, NOTHING)
     training, generation = recipe.training, recipe.generation
-    check_options(training.loss, LossOptions.of(training))
+    check_options(training.loss, training.loss_options())
     assert generation.scheduler in scheduler_names()
     assert set(generation.scheduler_options) <= set(scheduler_options(generation.scheduler))
     assert training.batch_size % training.micro_batch_size == 0 and training.micro_batch_size <= 16
@@ -151,3 +151,9 @@ def test_recipes_that_extend_one_another_in_a_circle_are_refused(tmp_path: Path)
     (tmp_path / "d.toml").write_text('extends = "nope"\n')
     with pytest.raises(ParameterError, match=r"preset='nope': no such recipe; there are"):
         resolve(str(tmp_path / "d.toml"), 0, {}, NOTHING)
+
+
+def test_settings_are_read_without_torch() -> None:
+    code = "import sys, tasks.record.settings, tasks.record.recipe\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=RECIPES.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

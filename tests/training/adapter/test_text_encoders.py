@@ -23,8 +23,9 @@ from training.export.kohya import Base, write_kohya
 from training.export.merge import merge
 from training.export.outputs import write_outputs
 from training.loop.dataset import PairBatch, positions_of_step
+from training.loop.full_policy import FullPolicy
 from training.loop.launch import launch
-from training.loop.policy import FullPolicy, LoraPolicy
+from training.loop.lora_policy import LoraPolicy
 from training.loop.run import Run
 from training.loop.trainer import train
 from training.model.families import family_for
@@ -238,7 +239,7 @@ def test_the_adapter_loads_in_plain_diffusers_and_starts_the_next_training(
         np.testing.assert_allclose(picture(merged), after, atol=1e-4)
     without = replace(record.model, adapter=str(without_encoders(file, tmp_path / "without")))
     assert np.abs(picture(load_pipeline(without)) - after).max() > 1e-4, "the encoders' part must matter"
-    run = Run(replace(plan, model=record.model, output=str(tmp_path / "second")))
+    run = Run(plan.changed(model=record.model, output=str(tmp_path / "second")))
     batch = batch_of(run)
     with torch.no_grad():
         tuned = family_for(plan.model).embed_anew(ours, batch.captions, batch.prompts)
@@ -271,7 +272,7 @@ def test_a_champion_is_not_rounded_by_a_half_precision_base(worlds: Worlds, tmp_
     plan = worlds.plan("sdxl", tmp_path, steps=2)
     record = train(plan)
     saved = of_encoders(load_file(tmp_path / "adapter" / ADAPTER_FILE))
-    policy = LoraPolicy(record.model, plan.lora, "cpu", "bfloat16", 0, text_encoders=True)
+    policy = LoraPolicy(record.model, plan.training.lora(), "cpu", "bfloat16", 0, text_encoders=True)
     policy.export(tmp_path / "again", policy.weights())
     again = of_encoders(load_file(tmp_path / "again" / ADAPTER_FILE))
     assert saved.keys() == again.keys() and all(torch.equal(saved[key], again[key]) for key in saved)

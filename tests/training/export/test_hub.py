@@ -106,7 +106,9 @@ def training(tmp_path: Path) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
     model = ModelRef("/home/me/base", adapter=str(folder / "adapter"))
-    CheckpointRecord(model, "lora", 6, 12, 2000.0, 1000.0, "ab", {"loss": 0.6}).write(folder)
+    CheckpointRecord(
+        model=model, method="lora", steps=6, pairs=12, beta=2000.0, kappa=1000.0, sha256="ab", metrics={"loss": 0.6}
+    ).write(folder)
     sealed = {"dataset_id": "d", "config_hash": "c", "created_at": "now", "rows": 12, "shards": 1}
     write_json(folder / "card.json", {"plan": {"seed": 0}, "data": {"sealed": sealed}, "evaluation": None})
     return folder

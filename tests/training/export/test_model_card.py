@@ -124,7 +124,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plan = make_plan(world)
     save_adapter(world / "base", world / "out" / "adapter", ["to_q", "conv1"])
     model = ModelRef(str(world / "base"), adapter=str(world / "out" / "adapter"))
-    CheckpointRecord(model, "lora", 6, 12, 2000.0, 1000.0, "ab", {"loss": 0.6}).write(world / "out")
+    CheckpointRecord(
+        model=model, method="lora", steps=6, pairs=12, beta=2000.0, kappa=1000.0, sha256="ab", metrics={"loss": 0.6}
+    ).write(world / "out")
     write_outputs(world / "out", plan, world / "pairs")
     return world
 
@@ -153,7 +155,9 @@ def test_the_code_on_the_card_loads_a_tuned_network(
     torch.nn.init.normal_(unet.conv_out.weight, std=0.01)
     unet.save_pretrained(tmp_path / "unet")
     model = ModelRef(str(trained / "base"), network=str(tmp_path / "unet"))
-    CheckpointRecord(model, "full", 6, 12, 2000.0, 1000.0, "ab", {"loss": 0.6}).write(tmp_path)
+    CheckpointRecord(
+        model=model, method="full", steps=6, pairs=12, beta=2000.0, kappa=1000.0, sha256="ab", metrics={"loss": 0.6}
+    ).write(tmp_path)
     files = write_outputs(tmp_path, make_plan(trained, method="full"), trained / "pairs")
     assert [file.name for file in files] == ["card.json", "README.md"]  # nothing for kohya in a full training
     monkeypatch.chdir(tmp_path)

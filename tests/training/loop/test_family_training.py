@@ -1,7 +1,6 @@
 """Every family trains on its own shards, and what it exports is what plain diffusers loads."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tests.families import FamilyBases
 from tests.training.worlds import Shapes, make_plan
 from training.adapter.lora import Lora
 from training.loop.dataset import PreferencePairs, positions_of_step
-from training.loop.policy import LoraPolicy
+from training.loop.lora_policy import LoraPolicy
 from training.loop.run import Run
 from training.loop.trainer import train
 from training.model.families import family_for
@@ -205,7 +204,7 @@ def test_kappa_means_the_same_for_epsilon_and_velocity_models(tmp_path: Path) ->
     as_noise = run.loss(batch)
     schedule = DDPMScheduler.from_config(run.loss.process.schedule.config, prediction_type="v_prediction")
     run.loss.process, run.loss.family = Diffusion(schedule), _AsVelocity(schedule)
-    run.loss.plan = replace(run.plan, error_space="epsilon")
+    run.loss.plan = run.plan.changed(error_space="epsilon")
     as_velocity = run.loss(batch)
     torch.testing.assert_close(as_velocity.loss, as_noise.loss, rtol=1e-3, atol=1e-4)
     assert as_noise.metrics["margin"].abs().max() > 0.05

@@ -32,7 +32,7 @@ PAIR_LOSS, RUN = "training/loop/pair_loss.py", "training/loop/run.py"
 BUGS = {
     "the sigmoid of a batch's mean": Bug(
         "huggingface/diffusers#6702, okotaku/diffengine", LOSSES,
-        "    return -F.logsigmoid(margin)", "    return -F.logsigmoid(margin.mean()).expand_as(margin)",
+        "    return -logsigmoid(margin)", "    return -logsigmoid(margin.mean()).expand_as(margin)",
         f"{LOSS_TESTS}::test_the_loss_is_averaged_after_its_curve",
     ),
     "errors taken for likelihoods": Bug(
@@ -70,7 +70,7 @@ BUGS = {
         f"{LOSS_TESTS}::test_equal_networks_give_zero_margin_and_half_accuracy",
     ),
     "adapters in the network's half precision": Bug(
-        "train_diffusion_dpo.py of huggingface/diffusers under bf16", "training/loop/policy.py",
+        "train_diffusion_dpo.py of huggingface/diffusers under bf16", "training/loop/lora_policy.py",
         "            parameter.data = parameter.data.float()", "            pass",
         "tests/training/loop/test_trainer.py::test_adapter_weights_train_in_float32_under_a_half_precision_base",
     ),
@@ -96,13 +96,13 @@ BUGS = {
         "Nerogar/OneTrainer#1403", RUN,
         '        if "reference" in state.tensors:\n'
         '            self.policy.load_reference(state.tensors["reference"])\n',
-        "        self.policy.refresh_reference() if self.plan.method == 'full' else None\n",
+        "        self.policy.refresh_reference() if self.plan.training.method == 'full' else None\n",
         "tests/training/loop/test_trainer.py::test_a_resumed_run_is_bit_equal_to_an_undisturbed_one",
     ),
     "gradients not clipped under Adafactor": Bug(
         "SDXL of SalesforceAIResearch/DiffusionDPO", RUN,
-        "self.policy.parameters(), plan.max_grad_norm)",
-        "self.policy.parameters(), plan.max_grad_norm if plan.optimizer == 'adamw' else 1e9)",
+        "self.policy.parameters(), training.max_grad_norm)",
+        "self.policy.parameters(), training.max_grad_norm if training.optimizer == 'adamw' else 1e9)",
         "tests/training/loop/test_run_options.py::test_gradients_are_clipped_under_every_optimizer",
     ),
     "quartiles of a thousand steps whatever the schedule": Bug(

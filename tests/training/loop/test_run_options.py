@@ -5,7 +5,6 @@ import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from training.loop import launch as launching
 from training.loop.dataset import PreferencePairs, positions_of_step, share_of
 from training.loop.diagnostics import TrainingDiverged
 from training.loop.launch import launch, process_count
-from training.loop.policy import LoraPolicy, Policy
+from training.loop.lora_policy import LoraPolicy
+from training.loop.policy import Policy
 from training.loop.run import Run
 from training.loop.trainer import train
 from training.model.loading import embed_negative
@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan_in(world: Path, output: Path, **changes: object) -> TrainingPlan:
-    return replace(make_plan(world, **changes), output=str(output))
+    return make_plan(world, **changes).changed(output=str(output))
 
 
 def all_tensors(output: Path) -> dict[str, torch.Tensor]:
@@ -220,7 +220,7 @@ def test_a_share_may_hold_back_nothing_but_not_everything(world: Path, tmp_path:
     run = Run(plan_in(world, tmp_path, heldout_share=1e-9))
     assert run.pairs.heldout == 0 and "heldout_loss" not in run.step(49)
     with pytest.raises(ShardError, match=r"heldout_share=0.99999: holds back 12 of the 12 pairs"):
-        Run(plan_in(world, tmp_path, heldout_share=0.99999))
+        PreferencePairs(Path(run.plan.pairs), 0.99999)
 
 
 def test_dropped_prompts_are_dropped_for_both_sides_at_the_rate_asked_for(world: Path, tmp_path: Path) -> None:
@@ -330,7 +330,9 @@ def test_a_full_training_copies_the_network_only_where_a_reference_is_asked_for(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, refresh: int, copied: bool
 ) -> None:
     made: list[object] = []
-    monkeypatch.setattr("training.loop.policy.deepcopy", lambda network: made.append(network) or copy.deepcopy(network))
+    monkeypatch.setattr(
+        "training.loop.full_policy.deepcopy", lambda network: made.append(network) or copy.deepcopy(network)
+    )
     run = Run(plan_in(world, tmp_path, method="full", loss=loss, refresh_reference=refresh))
     assert len(made) == copied
     assert run.step(0)["grad_norm"] > 0

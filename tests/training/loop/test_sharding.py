@@ -89,7 +89,7 @@ from pathlib import Path
 from training.plan import TrainingPlan
 from training.loop.run import Run
 from training.loop.sharding import is_sharded
-Run(replace(TrainingPlan.read(Path(sys.argv[1])), method="lora")).step(0)  # half of its weights bfloat16
+Run(TrainingPlan.read(Path(sys.argv[1])).changed(method="lora")).step(0)  # half of its weights bfloat16
 run = Run(TrainingPlan.read(Path(sys.argv[1])))
 local = sum(getattr(p, "_local_tensor", p).numel() for p in run.policy.network.parameters())
 held = {"sharded": is_sharded(run.accelerator), "parts": local}

@@ -17,7 +17,8 @@ from training.adapter.lora import ATTENTION, Lora
 from training.loop.checkpoint import CheckpointRecord, checkpoints
 from training.loop.dataset import PreferencePairs, positions_of_step
 from training.loop.diagnostics import TrainingDiverged
-from training.loop.policy import FullPolicy, LoraPolicy
+from training.loop.full_policy import FullPolicy
+from training.loop.lora_policy import LoraPolicy
 from training.loop.run import Run
 from training.loop.trainer import train
 from training.loss.errors import LossOutput, PairErrors
