@@ -1,6 +1,7 @@
 """What people preferred, in Pick-a-Pic's columns (Kirstain et al. 2023, arXiv:2305.01569).
 
-Where such data lie, which of their rows decide something, and their pictures at the size trained at. Knows nothing of models (`training.model.pair_encoder`), nor of what becomes of a pair.
+Where such data lie, which of their rows decide something, and their pictures at the size trained at. Knows nothing of
+models (`training.model.pair_encoder`), nor of what becomes of a pair.
 """
 
 import re

@@ -107,8 +107,8 @@ def _pair_ids(columns: Mapping[str, Column | None]) -> list[str]:
     return [pair_id(*identity) for identity in zip(*(_values(columns[key]) for key in keys), strict=True)]
 
 
-def _values(column: Any) -> Sequence[Any]:
-    return column.to_pylist() if isinstance(column, pa.Array | pa.ChunkedArray) else column
+def _values(column: Any) -> list[Any]:
+    return list(column.to_pylist() if isinstance(column, pa.Array | pa.ChunkedArray) else column)
 
 
 def _array(values: Any, kind: pa.DataType) -> pa.Array | pa.ChunkedArray:

@@ -282,4 +282,4 @@ class _CsvParts:
             yield from self.read(index, columns).to_batches(max_chunksize=BATCH_ROWS)
 
 
-_PARTS = {".parquet": _ParquetParts, ".arrow": _ArrowParts, ".csv": _CsvParts}
+_PARTS: dict[str, Callable[[Path], _Parts]] = {".parquet": _ParquetParts, ".arrow": _ArrowParts, ".csv": _CsvParts}

@@ -1,9 +1,9 @@
 """Four public readers, random access and the export see the same rows in a sealed folder."""
 
 import itertools
-import pickle
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -11,6 +11,7 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ from data.export import PICKAPIC, export_pickapic
 from data.files import write_text
 from data.manifest import make_manifest, read_manifest, verify, write_manifest
 from data.schema import IMAGE, candidate_schema, read_metadata
-from data.shards import ShardError, ShardRows, open_shard, read_shard, write_shard
+from data.shards import ShardError, open_shard, read_shard, write_shard
 from tests.data.test_shards import (
     METADATA,
     ROWS,
@@ -112,6 +113,13 @@ def test_duckdb_still_needs_the_light_columns(sealed: Path) -> None:
 # The card
 
 
+def header(card: str) -> Any:
+    """The YAML at the top of a card."""
+    start, text, _ = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(text)
+
+
 def test_the_code_on_the_card_runs(sealed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
@@ -128,7 +136,10 @@ def test_the_code_on_the_card_runs(sealed: Path, tmp_path: Path, monkeypatch: py
 def test_the_card_tells_scorers_label_rule_and_every_column(sealed: Path) -> None:
     rule = {"label_rule": {"by": "clip", "margin": 0.1}, "base_model": {"id": "a|b", "revision": "r1"}}
     card = dataset_card(read_manifest(sealed), METADATA | rule)
-    assert "---\ntags: [" in card[:20] and 'data_files: "*.arrow"' in card.split("---")[1]
+    assert header(card) == {
+        "tags": ["text-to-image", "preference", "diffusion-dpo"],
+        "configs": [{"config_name": "default", "data_files": "*.arrow"}],
+    }
     assert "| clip | 1 | cosine | not recorded |" in card and "by clip, margin 0.1. Train on rows" in card
     assert "| base model | id a\\|b, revision r1 |" in card and "| code | not recorded |" in card
     told = card.split("## Columns")[1]
@@ -139,8 +150,14 @@ def test_the_card_tells_scorers_label_rule_and_every_column(sealed: Path) -> Non
 def test_the_card_names_the_files_of_several_splits(sealed: Path) -> None:
     one, *others = read_manifest(sealed).shards
     manifest = make_manifest({"validation": [one], "train": others}, "c", "now")
-    header = dataset_card(manifest, {}).split("---")[1]
-    assert f'  - split: validation\n    path:\n    - "{FIRST}"' in header and "*" not in header
+    (config,) = header(dataset_card(manifest, {}))["configs"]
+    assert config == {
+        "config_name": "default",
+        "data_files": [
+            {"split": "train", "path": [shard.file for shard in others]},
+            {"split": "validation", "path": [FIRST]},
+        ],
+    }
 
 
 # Our own readers
@@ -183,23 +200,6 @@ def test_any_rows_in_any_slicing_come_back_bit_by_bit(
     assert sizes == [64] * (count // 64) + [count % 64] * (count % 64 > 0)
 
 
-def test_random_access_agrees_with_the_table_and_pickles_as_a_path(tmp_path: Path) -> None:
-    path = tmp_path / "00000-of-00001.arrow"
-    write_shard(path, shard_rows(0), SCHEMA)
-    rows = ShardRows(path)
-    clone = pickle.loads(pickle.dumps(rows))
-    assert len(rows) == ROWS and len(pickle.dumps(rows)) < 300
-    for index in (0, 63, 64, 69):
-        found = clone.row(index, ["caption", "image_1", "latent_0"])
-        assert found["caption"] == f"prompt {index}"
-        assert found["image_1"]["bytes"] == png(2 * index + 1)
-        assert found["latent_0"].tolist() == [index, 0, 0, -1] and found["latent_0"].dtype == np.float16
-    assert rows.column_array("latent_1")[:, 0].tolist() == list(range(ROWS))
-    assert rows.column_array("label_0").tolist() == [1.0] * ROWS
-    with pytest.raises(IndexError, match="row 70 asked, the shard has rows 0 to 69"):
-        rows.row(70)
-
-
 def test_unknown_columns_are_named(tmp_path: Path) -> None:
     path = seal(tmp_path, row(0))
     assert read_shard(path, ["margin", "caption"]).column_names == ["margin", "caption"]
@@ -212,8 +212,8 @@ def test_a_shard_without_rows_is_a_shard(tmp_path: Path) -> None:
     path = tmp_path / "00000-of-00001.arrow"
     record = write_shard(path, shard_rows(0).slice(0, 0), SCHEMA)
     write_manifest(tmp_path, make_manifest({"train": [record]}, "c", "now"))
-    assert verify(tmp_path, "deep").rows == 0 == len(ShardRows(path))
-    assert ShardRows(path).column_array("latent_0").shape == (0, 4)
+    assert verify(tmp_path, "deep").rows == 0 == len(read_shard(path))
+    assert latents(read_shard(path)["latent_0"]).shape == (0, 4)
 
 
 def test_swapping_the_sides_complements_the_labels(tmp_path: Path) -> None:

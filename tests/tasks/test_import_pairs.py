@@ -14,9 +14,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from data.export import PICKAPIC, export_pickapic
-from data.human import LocalData, human_data, stream_rows
+from data.hub import HubTable
+from data.human import HumanData, decision, human_data, read_pair
 from data.manifest import read_manifest, verify
-from data.preferences import decision, fit, read_pair
+from data.pictures import fit
 from data.schema import read_metadata
 from data.shards import ShardError, read_shard
 from tasks.import_pairs import Import, import_pairs, plan_import
@@ -200,8 +201,7 @@ def test_the_first_so_many_pairs(job: Import, tiny_preset: Path, tmp_path: Path)
 
 
 def test_any_source_gives_the_same_rows(job: Import, tmp_path: Path) -> None:
-    """Parquet, both Arrow formats, `datasets` pictures, and a hub stream; from any row on."""
-    from datasets import load_dataset
+    """Parquet, both Arrow formats, `datasets` pictures, and a stream as from the hub; from any row on."""
 
     def seen(rows: object) -> list[tuple[object, ...]]:
         return [tuple(each[name] for name in GIVEN) for each in rows]
@@ -212,14 +212,17 @@ def test_any_source_gives_the_same_rows(job: Import, tmp_path: Path) -> None:
     for name, writer in (("file", pa.ipc.new_file), ("stream", pa.ipc.new_stream)):
         with writer(tmp_path / f"arrow/{name}.arrow", table.schema) as out:
             out.write_table(table)
-    files = [str(path) for path in job.data.files]
-    stream = load_dataset("parquet", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path / "c"))
+    (tmp_path / "hub").mkdir()
+    for path in job.data.source.files:
+        shutil.copy(path, tmp_path / "hub" / f"train-{path.name}")
+    stream = HumanData(HubTable(str(tmp_path / "hub"), "train"))
+    assert stream.source.columns == table.column_names
     for start in (0, 5, 7, 10, 13, 23, 24, 30):
         assert seen(job.data.rows(start)) == expected[start:]
-        assert seen(stream_rows(stream, start)) == expected[start:]
+        assert seen(stream.rows(start)) == expected[start:]
         for name in ("file", "stream"):
             data = human_data(str(tmp_path / f"arrow/{name}.arrow"))
-            assert isinstance(data, LocalData) and data.count() == 24 and seen(data.rows(start)) == expected[start:]
+            assert data.count() == 24 and seen(data.rows(start)) == expected[start:]
     as_struct = row(0, jpg_0={"bytes": ROWS[0]["jpg_0"], "path": None})
     pair, plain = read_pair(as_struct, 0, 32, 32), read_pair(ROWS[0], 0, 32, 32)
     assert pair is not None and plain is not None and pair.files == plain.files
