@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class HubTable:
             for name, feature in (dataset.features or {}).items():
                 if isinstance(feature, Image):
                     dataset = dataset.cast_column(name, Image(decode=False))
-            for row in dataset.skip(start):
+            for row in dataset.skip(start) if self.streamed else islice(dataset, start, None):
                 yield {name: row.get(name) for name in columns}
 
     @cached_property

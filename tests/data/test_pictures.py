@@ -1,13 +1,21 @@
 """One picture is the same picture for everybody who looks at it."""
 
+import contextlib
 import io
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from data.pictures import fit, open_image
+from data.human import read_pair
+from data.ids import image_uid
+from data.pictures import FORMATS, decode_image, fit, open_image
+from data.row_checks import row_problems
+from data.schema import IMAGE
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -76,3 +84,59 @@ def test_a_picture_is_covered_cropped_and_told_of() -> None:
     stripes = np.repeat(np.arange(512) % 2 * 255, 3).reshape(1, 512, 3).astype(np.uint8).repeat(512, 0)
     grey = fit(Image.fromarray(stripes), 64, 64)[0]
     assert abs(grey.astype(float) - 127.5).max() < 10, "shrunk without smoothing, stripes stay black or white"
+
+
+def saved(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8))
+
+
+MODES = {"JPEG": ("RGB", "L"), "WEBP": ("RGB", "L"), "PPM": ("RGB", "L", "1")}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(k, m) for k in FORMATS for m in MODES.get(k, ("RGB", "L", "1", "P"))])
+def test_opaque_pictures_are_what_pillow_decodes(kind: str, mode: str) -> None:
+    """Nothing but transparency is treated: latents and scores of such pictures stay what they were."""
+    data = saved(NOISE.convert(mode), kind)
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    np.testing.assert_array_equal(open_image(data), expected)
+    decoded = decode_image(data)
+    assert (decoded.mode, decoded.format, decoded.size) == ("RGB", kind, (32, 24))
+
+
+@pytest.mark.parametrize("picture", [_half_clear(), _palette()], ids=["RGBA", "palette"])
+def test_a_transparent_picture_is_one_picture(picture: Image.Image, tmp_path: Path) -> None:
+    """To scorers, to the import of human preferences, and to the deep check of shards."""
+    data = saved(picture, "PNG", **({"transparency": 1} if picture.mode == "P" else {}))
+    seen = open_image(data)
+    assert seen.tolist() == [[list(RED), [255, 255, 255]]]
+    pair = read_pair({"caption": "a", "jpg_0": data, "jpg_1": data, "label_0": 1.0}, 0, height=1, width=2)
+    assert pair is not None and pair.files == (data, data)
+    for imported in pair.pictures:
+        np.testing.assert_array_equal(imported, seen)
+
+
+@pytest.mark.parametrize("kind", ["ICO", "TGA", "PCX", "SGI", "EPS"])
+def test_other_formats_are_no_pictures_to_anybody(kind: str) -> None:
+    data = saved(NOISE, kind)
+    with pytest.raises(ValueError, match="is no picture that can be read"):
+        decode_image(data)
+    assert read_pair({"caption": "a", "jpg_0": data, "jpg_1": data, "label_0": 1.0}, 0, height=8, width=8) is None
+    batch = pa.record_batch({"image": pa.array([{"bytes": data, "path": None}], IMAGE), "image_uid": [image_uid(data)]})
+    assert [problem.split(" (")[0] for _, problem in row_problems(batch)] == ["image does not decode"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damage_is_never_more_than_a_value_error(kind: str) -> None:
+    """Whatever Pillow's decoders raise."""
+    whole, random = saved(NOISE, kind), np.random.default_rng(1)
+    for _ in range(60):
+        data = bytearray(whole[: random.integers(1, len(whole) + 1)])
+        for place in random.integers(0, len(data), 4):
+            data[place] = random.integers(0, 256)
+        with contextlib.suppress(ValueError), warnings.catch_warnings(action="ignore"):
+            assert open_image(bytes(data)).dtype == np.uint8
