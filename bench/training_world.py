@@ -18,6 +18,7 @@ from PIL import Image
 
 from data.ids import prompt_id
 from data.manifest import make_manifest, write_manifest
+from data.pictures import open_image
 from data.preference_rows import Pairs, Side, preference_table
 from data.schema import pair_schema
 from data.shards import write_shard
@@ -168,8 +169,7 @@ class Shards:
 
 def _tensor(data: bytes) -> torch.Tensor:
     """(3, H, W) in [-1, 1]."""
-    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(open_image(data).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def _pairs(part: dict[str, Any]) -> Pairs:

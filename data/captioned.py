@@ -88,13 +88,13 @@ def read_captioned(path: str | Path, caption_column: str | None = None) -> Capti
         raise FileNotFoundError(f"{place}: there is no such folder or file")
     if place.is_file():
         return _from_table(place, caption_column)
-    found = [name for name in (*METADATA, "captions.json") if (place / name).is_file()]
-    if len(found) > 1:
-        raise ValueError(f"{place}: holds {' and '.join(found)}; keep the one with the captions that count")
-    if not found:
+    lists = [name for name in (*METADATA, "captions.json") if (place / name).is_file()]
+    if len(lists) > 1:
+        raise ValueError(f"{place}: holds {' and '.join(lists)}; keep the one with the captions that count")
+    if not lists:
         return _from_folder(place, _sidecars(place))
-    captions = _metadata if found[0] in METADATA else _captions_json
-    return _from_folder(place, captions(place / found[0], caption_column))
+    captions = _metadata if lists[0] in METADATA else _captions_json
+    return _from_folder(place, captions(place / lists[0], caption_column))
 
 
 def _from_folder(folder: Path, captions: list[tuple[str, Any]]) -> Captioned:
@@ -157,10 +157,10 @@ def _metadata(path: Path, caption_column: str | None) -> list[tuple[str, Any]]:
 
 def _only(path: Path, columns: Sequence[str], wanted: str | None) -> str:
     """The column of the captions. Raises ValueError when it is not there, or not clear which it is."""
-    found = [name for name in ((wanted,) if wanted else CAPTION_COLUMNS) if name in columns]
-    if len(found) == 1:
-        return found[0]
-    why = f"has {' and '.join(found)}" if found else f"lacks {wanted or ' or '.join(CAPTION_COLUMNS)}"
+    fitting = [name for name in ((wanted,) if wanted else CAPTION_COLUMNS) if name in columns]
+    if len(fitting) == 1:
+        return fitting[0]
+    why = f"has {' and '.join(fitting)}" if fitting else f"lacks {wanted or ' or '.join(CAPTION_COLUMNS)}"
     raise ValueError(f"{path}: {why}; name the column of the captions, one of {', '.join(columns)}")
 
 

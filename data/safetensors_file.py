@@ -13,7 +13,6 @@ from data.files import published_path
 if TYPE_CHECKING:
     import torch
 
-
 Tensors = Mapping[str, "torch.Tensor"]
 
 

@@ -18,8 +18,6 @@ from data.ids import canonical_json, score_column, scorer_slug
 
 SCHEMA_VERSION = "1.2"
 """major.minor. A minor step only adds nullable columns; a reader refuses any other major number."""
-
-
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """The storage of `datasets.Image`. Fields of this type stay nullable: `datasets` compares whole fields and
 silently falls back to a plain dict when nullability differs."""

@@ -17,8 +17,6 @@ from data.schema import check_version, column_difference, read_metadata, schema_
 
 BATCH_ROWS = 64
 """Rows per record batch: bounds the writer's memory; random access is equally fast from 8 to 480."""
-
-
 Batches: TypeAlias = Iterable[pa.RecordBatch] | pa.Table
 
 
@@ -85,14 +83,15 @@ def adopt_shard(path: StrPath, schema: pa.Schema | None, rows: int | None = None
     way_out = "Another plan wrote it: delete the file, or use a new cycle."
     if schema is not None and (difference := schema_difference(reader.schema, schema)):
         raise ShardError(f"{path}: {difference}. {way_out}")
-    found = count_rows(path, reader)
-    if rows is not None and found != rows:
-        raise ShardError(f"{path}: found {found} rows, expected {rows}. {way_out}")
-    return _record(path, found)
+    count = count_rows(path, reader)
+    if rows is not None and count != rows:
+        raise ShardError(f"{path}: found {count} rows, expected {rows}. {way_out}")
+    return _record(path, count)
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
+    """Raise ShardError, naming the file, for what Arrow and the disk say of a damaged one."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -110,6 +109,7 @@ def open_shard(path: StrPath) -> pa.ipc.RecordBatchFileReader:
 
 
 def check_major(path: StrPath, version: object) -> None:
+    """Raise ShardError, naming the file, when its schema version is one that this code cannot know."""
     try:
         check_version(version)
     except ValueError as error:
@@ -117,6 +117,7 @@ def check_major(path: StrPath, version: object) -> None:
 
 
 def count_rows(path: Path, reader: pa.ipc.RecordBatchFileReader) -> int:
+    """How many rows an open shard has; none is read."""
     with readable(path):
         return int(reader.count_rows())
 

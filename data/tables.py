@@ -79,7 +79,7 @@ def _readable(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, ValueError, OSError) as error:
+    except (pa.ArrowException, ValueError, OSError, RecursionError) as error:  # the last: JSON that is nested too deep
         raise ValueError(f"{path}: cannot be read as {path.suffix}: {error}") from error
 
 
@@ -87,7 +87,7 @@ def load_json(path: Path, **options: Any) -> Any:
     """The content of a JSON file. `options`: as of `json.loads`. Raises ValueError, naming the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"), **options)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is no JSON: {error}") from error
 
 

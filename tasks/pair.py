@@ -100,6 +100,7 @@ def _write_shard(
 def _pairs(
     candidates: pa.Table, embeddings: pa.Table, scores: Mapping[str, np.ndarray], chosen: Sequence[Choice]
 ) -> Pairs:
+    """What is known of the chosen pairs of one shard; scores: of its candidates."""
     # Which side the winner stands on is a coin flip by content, so that no reader can learn "side 0 wins".
     sides = [_ordered(candidates, choice.winner, choice.loser) for choice in chosen]
     won = [left == choice.winner for (left, _), choice in zip(sides, chosen, strict=True)]
@@ -143,7 +144,7 @@ def _schema(
     sizes = {name: embeddings.field(name).type.list_size for name in embeddings.names if name != "prompt_id"}
     return pair_schema(
         candidates.field("latent").type.list_size, sizes["embedding"], scorers, {**metadata, **shapes},
-        sizes.get("pooled"),
+        pooled_size=sizes.get("pooled"),
     )  # fmt: skip
 
 

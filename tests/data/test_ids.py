@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data.ids import candidate_id, image_uid, pair_id, prompt_id, seed_for
+from data.ids import candidate_id, image_uid, imported_pair_id, pair_id, prompt_id, seed_for
 
 
 def test_prompt_id_ignores_outer_space_and_the_way_an_accent_is_composed() -> None:
@@ -15,6 +15,7 @@ def test_ids_never_change() -> None:
     assert prompt_id("a red circle") == "a1e4a280d27cad5b"
     assert candidate_id("p", 7, "base@1", "c") == "d5ef3853de0bf669880b5accfcbbbdbe"
     assert pair_id("p", 7, 8, "base@1", "base@1", "c") == "733a16b07d9d59a8e09beb0bbfd0fe11"
+    assert imported_pair_id("p", 7, ["u", "v"], "c") == "8c792e33d488fcdc6f8daa0933996380"
     assert seed_for(1, "p", 2) == 30595517919613043
     assert image_uid(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 

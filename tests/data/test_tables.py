@@ -158,6 +158,7 @@ def test_texts_in_json_are_a_column_and_mixed_rows_are_refused(tmp_path: Path) -
         ('["a", {"prompt": "b"}]', "row 0 is no JSON object but 'a'; keep one kind of row"),
         ('[{"prompt": "b"}, 3]', "row 1 is no JSON object but 3"),
         ("[3]", "row 0 is no JSON object but 3"),
+        ("[" * 100_000, "maximum recursion depth exceeded"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=rf"a\.json: cannot be read as \.json: {message}"):
@@ -175,6 +176,13 @@ def test_a_csv_with_more_or_fewer_values_than_columns_is_refused_with_the_line(t
         path.write_text(content, encoding="latin-1")
         with pytest.raises(ValueError, match=rf"a\.csv: cannot be read as \.csv: .*{message}"):
             read_table(path)
+
+
+def test_a_long_csv_may_have_line_breaks_within_values(tmp_path: Path) -> None:
+    """It is read in blocks of a megabyte, of which some end within a value."""
+    rows = [{"text": f"{index}\n" * 500, "other": "\r\n"} for index in range(2000)]
+    as_csv(rows, tmp_path / "a.csv")
+    assert list(read_table(tmp_path / "a.csv").rows(["text", "other"])) == rows
 
 
 def test_a_csv_holds_texts_under_the_last_column_of_a_name(tmp_path: Path) -> None:

@@ -38,8 +38,9 @@ class PairEncoder:
         shapes = {"latent": {"shape": list(latent)}, "embedding": {"shape": list(prompt.tokens.shape[1:])}}
         pooled = None if prompt.pooled is None else prompt.pooled.shape[1]
         return pair_schema(
-            math.prod(latent), prompt.tokens[0].numel(), [], {**metadata, **shapes}, pooled, self.time_ids
-        )
+            math.prod(latent), prompt.tokens[0].numel(), [], {**metadata, **shapes}, pooled_size=pooled,
+            time_ids=self.time_ids,
+        )  # fmt: skip
 
     def embed(self, captions: Sequence[str]) -> "PromptEmbeddings":
         """One float16 row a caption, on the CPU."""
@@ -57,13 +58,13 @@ class PairEncoder:
 
         from training.model.families import family_of
 
-        found = []
+        parts = []
         with torch.no_grad():
             for start in range(0, len(pictures), self.batch_size):
                 pixels = torch.from_numpy(pictures[start : start + self.batch_size]).permute(0, 3, 1, 2)
                 encoded = family_of(self.pipeline).encode(self.pipeline, pixels.float() / 127.5 - 1)
-                found.append(encoded.to("cpu", torch.float16))
-        latents: np.ndarray = torch.cat(found).numpy()
+                parts.append(encoded.to("cpu", torch.float16))
+        latents: np.ndarray = torch.cat(parts).numpy()
         if not np.isfinite(latents).all():
             raise FloatingPointError(
                 f"encoded pictures are not finite in {self.pipeline.vae.dtype}; use execution.dtype=float32"
@@ -128,6 +129,7 @@ class PairEncoder:
 
 
 def _side(taken: Sequence[HumanPair], side: int, latents: np.ndarray, uids: Sequence[tuple[str, str]]) -> Side:
+    """The pictures on one side; uids: of both sides, a pair each."""
     return Side(
         images=[pair.files[side] for pair in taken],
         uids=[both[side] for both in uids],
