@@ -63,8 +63,8 @@ def gate_and_promote(cycle: PlannedCycle) -> None:
 
 def promote_anyway(cycle: PlannedCycle) -> None:
     """What is trained becomes champion, whatever it is worth."""
-    trained, champion = cycle.trained(), Champion.read(cycle.experiment)
-    changes = {"cycle": cycle.plan.cycle, "model": trained.model, "label": trained.label}
+    (model, label), champion = cycle.tuned(), Champion.read(cycle.experiment)
+    changes = {"cycle": cycle.plan.cycle, "model": model, "label": label}
     champion.model_copy(update=changes).write(cycle.experiment)
     write_json(cycle.promotion, {"promoted": True})
 

@@ -25,9 +25,9 @@ from tasks.progress import progress
 from tasks.record.recipe import ParameterError, Recipe
 from training.model.devices import resolve_device
 from training.model.families import family_for
-from training.model.fitting import picture_size
 from training.model.loading import load_encoders
 from training.model.pair_encoder import PairEncoder
+from training.model.picture_size import picture_size
 from training.model.reference import ModelRef, model_digest
 
 log = logging.getLogger(__name__)

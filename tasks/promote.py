@@ -31,16 +31,16 @@ def promote(cycle: PlannedCycle) -> Decision:
 
 def _decide(cycle: PlannedCycle, champion: Champion) -> Decision:
     """The decision, written into the history and, where it promotes, as the champion."""
-    plan, results, trained = cycle.plan, Results.read(cycle), cycle.trained()
+    plan, results, (model, label) = cycle.plan, Results.read(cycle), cycle.tuned()
     promoted, reasons = results.decision.promoted, list(results.decision.reasons)
     if promoted and champion.cycle != plan.champion:
         promoted = False
         reasons.insert(0, f"Not promoted: cycle {champion.cycle} became champion while this cycle ran.")
-    decision = Decision(cycle=plan.cycle, promoted=promoted, reasons=reasons, sha256=trained.record.sha256)
+    decision = Decision(cycle=plan.cycle, promoted=promoted, reasons=reasons, sha256=cycle.trained().record.sha256)
     changes = {
         "cycle": plan.cycle,
-        "model": trained.model,
-        "label": trained.label,
+        "model": model,
+        "label": label,
         "labellers": sorted({*plan.labellers, *results.labelled_by}),
     }
     champion.decided(decision, **(changes if promoted else {})).write(cycle.experiment)

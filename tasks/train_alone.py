@@ -23,10 +23,11 @@ from training.adapter.shape import check_text_encoders
 from training.export.outputs import CARD, write_outputs
 from training.loop.checkpoint import CheckpointRecord, weights_sha256
 from training.loop.dataset import PreferencePairs
+from training.loop.fit import check_fit
 from training.model.families import family_for
-from training.model.fitting import check_fit
 from training.model.loading import network_outline
 from training.model.reference import ADAPTER_FILE, ModelError, ModelRef, model_digest
+from training.trained import TrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +57,16 @@ def start_model(recipe: Recipe, adapter: str | None) -> ModelRef:
 
 
 def _trained(folder: Path, base: ModelRef, what: str) -> ModelRef:
+    """The model that an adapter's or a training's folder makes of the base."""
     if (folder / ADAPTER_FILE).is_file():
         return replace(base, adapter=str(folder))
-    record = CheckpointRecord.read(folder)
-    if record is None:
+    trained = TrainedModel.read(folder)
+    if trained is None:
         raise ParameterError(f"{what}: there is no {ADAPTER_FILE} and no finished training (checkpoint.json)")
-    if record.model.base != base.base:
-        raise ParameterError(f"{what} was trained on {record.model.base!r}, not on base_model={base.base!r}")
-    if record.method == "full":
-        return replace(base, network=str(folder / Path(str(record.model.network)).name))
-    return replace(base, network=record.model.network, adapter=str(folder / "adapter"))
+    model = trained.model()
+    if model.base != base.base:
+        raise ParameterError(f"{what} was trained on {model.base!r}, not on base_model={base.base!r}")
+    return replace(model, revision=base.revision)
 
 
 def _check_shape(folder: Path, recipe: Recipe, what: str) -> None:

@@ -18,6 +18,7 @@ from training.model.devices import resolve_device
 from training.model.families import family_for
 from training.model.loading import check_lora_targets
 from training.model.reference import ModelRef
+from training.model.schedulers import check_scheduler
 
 
 def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
@@ -28,8 +29,8 @@ def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
     _check_scorers(recipe)
     pools = prompt_pools(recipe)
     source_cycle(recipe)
-    family_for(ModelRef(recipe.base_model, recipe.revision))
-    _check_scheduler(recipe)
+    generation, ref = recipe.generation, ModelRef(recipe.base_model, recipe.revision)
+    check_scheduler(ref, generation.scheduler, generation.scheduler_options)
     check_device(recipe.execution.device)
     check_training(recipe)
     _check_soft_labels(recipe)
@@ -84,51 +85,6 @@ def check_expression(parameter: str, text: str, sources: dict[str, ScorerSource]
     except ValueError as error:
         raise ParameterError(f"{parameter}={text!r}: {error}") from error
     return names
-
-
-def _check_scheduler(recipe: Recipe) -> None:
-    from training.model.schedulers import flow_scheduler, scheduler_names, scheduler_options
-
-    names = scheduler_names()
-    if recipe.generation.scheduler not in names:
-        raise ParameterError(f"generation.scheduler={recipe.generation.scheduler!r}; there are {', '.join(names)}")
-    known = scheduler_options(recipe.generation.scheduler)
-    if unknown := sorted(set(recipe.generation.scheduler_options) - set(known)):
-        raise ParameterError(
-            f"generation.scheduler_options={unknown}: {recipe.generation.scheduler} knows only {', '.join(known)}"
-        )
-    family = family_for(ModelRef(recipe.base_model, recipe.revision))
-    if family.flow != flow_scheduler(recipe.generation.scheduler, recipe.generation.scheduler_options):
-        trained, fitting = ("diffusion", "DPMSolverMultistepScheduler")
-        if family.flow:
-            trained, fitting = ("flow matching", "FlowMatchEulerDiscreteScheduler")
-        raise ParameterError(
-            f"generation.scheduler={recipe.generation.scheduler!r} with scheduler_options="
-            f"{recipe.generation.scheduler_options}: base_model={recipe.base_model!r} was trained by {trained}; use a "
-            f"scheduler for it, such as {fitting}"
-        )
-    _check_scheduler_fits(recipe)
-
-
-def _check_scheduler_fits(recipe: Recipe) -> None:
-    """Schedulers of the right kind that the model's pipeline cannot use all the same."""
-    from training.model.schedulers import flow_schedulers, scheduler_fault
-    from training.model.stable_diffusion import EDM_SCHEDULERS
-
-    ref, generation = ModelRef(recipe.base_model, recipe.revision), recipe.generation
-    what = f"generation.scheduler={generation.scheduler!r} with scheduler_options={generation.scheduler_options}"
-    if generation.scheduler in EDM_SCHEDULERS:
-        raise ParameterError(
-            f"{what}: it draws from models in the formulation of EDM, which base_model={recipe.base_model!r} is not; "
-            "use another, such as DPMSolverMultistepScheduler"
-        )
-    if not family_for(ref).flow:
-        return
-    if fault := scheduler_fault(ref, generation.scheduler, generation.scheduler_options):
-        raise ParameterError(
-            f"{what} cannot draw from base_model={recipe.base_model!r} ({fault}); those that can: "
-            f"{', '.join(flow_schedulers(ref))}"
-        )
 
 
 def check_training(recipe: Recipe) -> None:
@@ -186,7 +142,7 @@ def check_device(device: str) -> None:
 
 
 def _check_disk(recipe: Recipe, workspace: Path, prompts: int) -> None:
-    from training.model.fitting import picture_size
+    from training.model.picture_size import picture_size
 
     generation = recipe.generation
     own = picture_size(ModelRef(recipe.base_model, recipe.revision), 0, 0)

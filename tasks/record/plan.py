@@ -14,9 +14,9 @@ from scoring.labels.expressions import Expression, leaves, parse
 from scoring.scorers.registry import ScorerSource
 from tasks.record.recipe import ParameterError, Recipe
 from tasks.record.workspace import CandidateSet, CycleFolder, Part, safe_name
-from training.loop.checkpoint import CheckpointRecord
 from training.model.reference import ModelRef
 from training.model.sampling import Sampler
+from training.trained import TrainedModel
 
 
 class Prompt(NamedTuple):
@@ -85,14 +85,6 @@ class Plan(BaseModel):
         }
 
 
-class Trained(NamedTuple):
-    """What a cycle trained: its record, the model with paths relative to the experiment, and its name in shards."""
-
-    record: CheckpointRecord
-    model: ModelRef
-    label: str
-
-
 @dataclass(frozen=True)
 class PlannedCycle(CycleFolder):
     """A cycle's folder together with its plan: every path, count, seed and model that a task needs."""
@@ -147,33 +139,29 @@ class PlannedCycle(CycleFolder):
         """The model that the cycle starts from, with absolute paths."""
         return ModelRef.read(self.plan.start).within(self.experiment.folder)
 
-    def trained(self) -> "Trained":
+    def trained(self) -> TrainedModel:
         """What the cycle trained. Raises FileNotFoundError before training is finished."""
-        record = CheckpointRecord.read(self.training)
-        if record is None:
+        trained = TrainedModel.read(self.training)
+        if trained is None:
             raise FileNotFoundError(f"{self.training}: training is not finished; run the train stage first")
-        start, made = ModelRef.read(self.plan.start), self.training / _folder_of(record)
-        path = str(made.relative_to(self.experiment.folder))
-        model = ModelRef(start.base, start.revision, start.network, path)
-        if record.method == "full":
-            model = ModelRef(start.base, start.revision, path, None)
-        return Trained(record, model, f"{self.plan.recipe.base_model}+{record.sha256[:12]}")
+        return trained
+
+    def tuned(self) -> tuple[ModelRef, str]:
+        """The model that the cycle trained, with paths relative to the experiment, and its name in the shards."""
+        trained = self.trained()
+        weights = trained.weights.relative_to(self.experiment.folder)
+        return trained.on(ModelRef.read(self.plan.start), weights), trained.label(self.plan.recipe.base_model)
 
     def drawn_by(self, part: Part) -> tuple[ModelRef, str]:
         """The model that draws a part, with absolute paths, and its name in the shards."""
         if part != "tuned":
             return self.start(), self.plan.start_label
-        trained = self.trained()
-        return trained.model.within(self.experiment.folder), trained.label
+        model, label = self.tuned()
+        return model.within(self.experiment.folder), label
 
     def relabelled(self, scorer: str) -> Path:
         """The folder of the pairs of these candidates by another scorer or expression."""
         return self.folder / "relabelled" / safe_name(str(parse(scorer)))
-
-
-def _folder_of(record: CheckpointRecord) -> str:
-    """The name of the folder in which the trained weights lie."""
-    return "adapter" if record.method == "lora" else Path(str(record.model.network)).name
 
 
 def _side(part: Part) -> str:

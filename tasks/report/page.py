@@ -86,7 +86,7 @@ def page(cycle: PlannedCycle, results: Results, judged: dict[str, Judged]) -> di
         **data_section(cycle),
         "history": history(cycle),
         "recipe": json.dumps(plan.recipe.model_dump(), indent=2),
-        "snippet": snippet(trained.model.within(cycle.experiment.folder)),
+        "snippet": snippet(cycle.drawn_by("tuned")[0]),
     }
 
 

@@ -52,7 +52,7 @@ def add_tuned(encoder: torch.nn.Module, part: str, file: Path, names: Sequence[s
     from safetensors.torch import load_file
 
     state = {name: tensor for name, tensor in load_file(file).items() if name.startswith(f"{part}.")}
-    layers = read_layers(state, json.loads(read_header(file).get(CONFIG, "{}")))
+    layers = read_layers(state, json.loads(read_header(file).get(CONFIG, "{}")), part)
     if not hasattr(encoder, PREFIX.rstrip(".")):
         layers = [replace(layer, name=layer.name.removeprefix(PREFIX)) for layer in layers]
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in peft_state(layers).items()}

@@ -16,7 +16,7 @@ CONFIG = "lora_adapter_metadata"
 """Where diffusers keeps PEFT's config, as JSON with prefixed keys, in the header of a LoRA file."""
 
 _TENSOR = re.compile(
-    r"(?P<part>unet|transformer|text_encoder|text_encoder_2)\.(?P<layer>.+?)\."
+    r"(?P<part>[a-z][a-z0-9_]*)\.(?P<layer>.+?)\."
     r"(?:(?P<factor>lora_A|lora_B|lora(?:_linear_layer)?\.(?:down|up))\.weight|lora_magnitude_vector)"
 )
 
@@ -63,16 +63,17 @@ def name_of(key: str) -> TensorName | None:
     return TensorName(match["part"], match["layer"], role)
 
 
-def read_layers(state: Mapping[str, "torch.Tensor"], config: Mapping[str, Any]) -> list[Layer]:
+def read_layers(state: Mapping[str, "torch.Tensor"], config: Mapping[str, Any], network: str) -> list[Layer]:
     """The layers of a diffusers or PEFT LoRA with prefixed keys (`unet.`, `transformer.`, `text_encoder.`).
 
     config: PEFT's, with the same prefixes, as diffusers writes it into the file; empty = the scale is 1, as diffusers
-    takes it then. Raises ModelError for tensors that are no plain LoRA or DoRA.
+    takes it then. network: the name of the network in its pipeline, `Family.network`. Raises ModelError for tensors
+    that are no plain LoRA or DoRA of that network or of a text encoder.
     """
     found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for key, tensor in state.items():
         name = name_of(key)
-        if name is None:
+        if name is None or not (name.part == network or name.part.startswith("text_encoder")):
             raise ModelError(f"adapter: {key} is no part of a LoRA or DoRA of a linear or convolution layer")
         found.setdefault((name.part, name.layer), {})[name.role] = tensor
     return [_layer(part, name, tensors, config) for (part, name), tensors in sorted(found.items())]

@@ -6,6 +6,8 @@ The token is that of `hf auth login` or HF_TOKEN; it is never written anywhere.
 """
 
 import argparse
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from training.export.model_card import KOHYA_FILE
 from training.model.reference import ADAPTER_FILE, ModelError
 
 NETWORK_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
-NETWORKS = ("unet", "transformer")
 
 
 class PushError(ValueError):
@@ -67,15 +68,20 @@ def push_files(training: Path) -> dict[str, Path]:
     stay: they are large, or name paths of this machine. Raises PushError where there are no weights.
     """
     files = {ADAPTER_FILE: training / "adapter" / ADAPTER_FILE, KOHYA_FILE: training / KOHYA_FILE}
-    for network in NETWORKS:
-        found = [file for pattern in NETWORK_FILES for file in (training / network).glob(pattern)]
-        files |= {f"{network}/{file.name}": file for file in found}
+    if network := _trained_network(training):
+        weights = [file for pattern in NETWORK_FILES for file in (training / network).glob(pattern)]
+        files |= {f"{network}/{file.name}": file for file in weights}
     there = {place: file for place, file in files.items() if file.is_file()}
     if not set(there) - {KOHYA_FILE}:
-        raise PushError(
-            f"{training}: no weights in adapter, {' or '.join(NETWORKS)}; give a finished training's folder"
-        )
+        raise PushError(f"{training}: holds no trained weights; give the folder of a finished training")
     return there
+
+
+def _trained_network(training: Path) -> str | None:
+    """The folder of a network of which every weight was trained, by its name in the pipeline; None for an adapter."""
+    record = training / "checkpoint.json"
+    values = json.loads(record.read_text()) if record.is_file() else {}
+    return Path(values["model"]["network"]).name if values.get("method") == "full" else None
 
 
 def push(training: Path, repo_id: str, private: bool = True, message: str = "Trained weights and model card") -> str:
@@ -98,7 +104,8 @@ def push(training: Path, repo_id: str, private: bool = True, message: str = "Tra
     return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0, or 2 after a message on standard error."""
     parser = argparse.ArgumentParser(prog="python -m training.hub", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("training", type=Path, help="folder of a finished training with its card")
     parser.add_argument("--repo", required=True, metavar="OWNER/NAME")
@@ -107,8 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         print(push(given.training, given.repo, private=not given.public))
     except (PushError, ModelError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

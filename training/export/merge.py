@@ -7,6 +7,7 @@ The weights are added in float32 and rounded once.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from data.files import publish_folder
 from data.safetensors_file import read_header
 from training.adapter.layers import CONFIG, peft_state, read_layers
-from training.export.finished import finished_model
+from training.model.families import family_for, family_of
 from training.model.loading import quiet_libraries
-from training.model.reference import ADAPTER_FILE, ModelError, ModelRef, model_index
+from training.model.reference import ADAPTER_FILE, ModelError, ModelRef
+from training.trained import trained_model
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 DTYPES = ("float32", "float16", "bfloat16")
-NETWORKS = ("unet", "transformer")
 
 
 def merge(model: ModelRef, target: Path, dtype: str = "float32") -> Path:
@@ -50,12 +51,11 @@ def fused_pipeline(model: ModelRef) -> "DiffusionPipeline":
     from diffusers import DiffusionPipeline
 
     quiet_libraries()
-    model_index(model.base, model.revision)  # says what is wrong with a base better than the library does
+    network = family_for(model).network
     pipeline = DiffusionPipeline.from_pretrained(model.base, revision=model.revision, dtype=torch.float32)
     if model.network:
-        name = next(name for name in NETWORKS if hasattr(pipeline, name))
-        tuned = type(getattr(pipeline, name)).from_pretrained(model.network, dtype=torch.float32)
-        pipeline.register_modules(**{name: tuned})
+        tuned = type(getattr(pipeline, network)).from_pretrained(model.network, dtype=torch.float32)
+        pipeline.register_modules(**{network: tuned})
     if model.adapter:
         fuse(pipeline, Path(model.adapter) / ADAPTER_FILE)
     return pipeline
@@ -66,7 +66,8 @@ def fuse(pipeline: "DiffusionPipeline", adapter: Path) -> None:
     from safetensors.torch import load_file
 
     config = json.loads(read_header(adapter).get(CONFIG, "{}"))
-    layers = read_layers(load_file(adapter), config)
+    network = family_of(pipeline).network
+    layers = read_layers(load_file(adapter), config, network)
     # All layers under PEFT's names: where a file mixes naming schemes, diffusers leaves layers out.
     state = peft_state(layers)
     for part in sorted({layer.part for layer in layers}):
@@ -87,7 +88,7 @@ def _check_layers(network: Any, part: str, names: list[str], adapter: Path) -> N
 
 def _load(pipeline: "DiffusionPipeline", part: str, state: dict[str, Any], config: dict[str, Any]) -> None:
     metadata = {key: value for key, value in config.items() if key.startswith(f"{part}.")} or None
-    if part in NETWORKS:
+    if not part.startswith("text_encoder"):
         getattr(pipeline, part).load_lora_adapter(state, prefix=part, metadata=metadata, adapter_name="fused")
         return
     pipeline.load_lora_into_text_encoder(
@@ -95,7 +96,8 @@ def _load(pipeline: "DiffusionPipeline", part: str, state: dict[str, Any], confi
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0, or 2 after a message on standard error."""
     parser = argparse.ArgumentParser(prog="python -m training.merge", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, help="folder of a finished training, or of an adapter")
     parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
@@ -103,10 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default: float32")
     given = parser.parse_args(arguments)
     try:
-        print(merge(finished_model(given.source, given.base), given.to, given.dtype))
+        print(merge(trained_model(given.source, given.base), given.to, given.dtype))
     except (ModelError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -49,7 +49,7 @@ def model_card(
     """
     lora = record["method"] == "lora"
     base = _Base(record["model"], published=repo_id is not None)
-    kind = "LoRA" if lora else "U-Net" if _component(record) == "unet" else "transformer"
+    kind = "LoRA" if lora else {"unet": "U-Net"}.get(_component(record), _component(record))
     sections = [
         f"---\n{_header(record, base, lora)}---",
         f"# {kind} for {base.name}, tuned {'on preferences' if 'imported' in data else 'from AI feedback'}",

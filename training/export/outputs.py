@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from data.files import write_json, write_text
-from training.export.finished import finished_adapter, finished_model
-from training.export.kohya import TRANSFORMERS, UNETS, Base, write_kohya
+from training.export.kohya import Base, write_kohya
 from training.export.model_card import KOHYA_FILE, model_card, provenance
 from training.loop.checkpoint import RECORD
-from training.model.reference import ModelError, model_index
+from training.model.families import family_for
+from training.model.reference import ModelError
 from training.plan import TrainingPlan
+from training.trained import trained_adapter, trained_model
 
 CARD = "card.json"
 
@@ -36,10 +37,10 @@ def write_outputs(
 
 
 def _kohya(training: Path) -> list[Path]:
-    model = finished_model(training)
-    if model.adapter is None or model_index(model.base, model.revision).get("_class_name") not in UNETS + TRANSFORMERS:
+    model = trained_model(training)
+    if model.adapter is None or family_for(model).kohya is None:
         return []
-    adapter, _ = finished_adapter(training)
+    adapter, _ = trained_adapter(training)
     title = f"{Path(model.base).name}, tuned from AI feedback"
     return [write_kohya(adapter, training / KOHYA_FILE, Base.read(model.base, model.revision), title)]
 

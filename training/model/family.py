@@ -5,12 +5,13 @@ called with. The trainer and the sampler know families only by this.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
+from training.adapter.kohya_keys import KohyaKeys
 from training.model.noise import Density, NoiseProcess
 
 if TYPE_CHECKING:
@@ -79,11 +80,15 @@ class TimeSampling:
 
 
 class Family(ABC):
-    """One family. pipeline: diffusers' class. network: the component that is trained; network_class: its class.
+    """One family: everything that depends on which it is. A new one is a class, and an entry of `families.FAMILIES`.
 
-    flow: noised by flow matching. pooled: its networks take a pooled text embedding. takes_time_ids: they take sizes.
-    text_encoders: the components that can be trained with the network: the CLIP encoders. T5 is left as it is.
-    read_to_last_but_one: those of them of which only the last layer but one is read.
+    pipeline: diffusers' class. network: the component that is trained; network_class: its class. flow: noised by flow
+    matching, so that only flow schedulers draw from it. odd_schedulers: those of the right kind that it cannot be drawn
+    by all the same, and why. pooled: its networks take a pooled text embedding. takes_time_ids: they take sizes. patch:
+    latent pixels a side that make one token. sample_size: latent pixels a side of a picture where the network's config
+    names none. text_encoders: the components that can be trained with the network: the CLIP encoders. T5 is left as it
+    is. read_to_last_but_one: those of them of which only the last layer but one is read. kohya: under which keys other
+    programs read its LoRAs, None = not known.
     """
 
     pipeline: ClassVar[str]
@@ -94,6 +99,18 @@ class Family(ABC):
     takes_time_ids: ClassVar[bool] = False
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     read_to_last_but_one: ClassVar[tuple[str, ...]] = ()
+    odd_schedulers: ClassVar[Mapping[str, str]] = {}
+    patch: ClassVar[int] = 1
+    sample_size: ClassVar[int] = 128
+    kohya: ClassVar[KohyaKeys | None] = None
+
+    @abstractmethod
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        """Of the text embeddings that a network of this config attends to."""
+
+    def pooled_width(self, config: Mapping[str, Any]) -> int | None:
+        """Of the pooled text embedding that a network of this config takes, None where it takes none."""
+        return None
 
     @abstractmethod
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:

@@ -1,11 +1,12 @@
 """Stable Diffusion 3 and 3.5, and Flux: transformers trained by flow matching."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from training.adapter.kohya_keys import DottedKeys
 from training.model.family import Conditions, Family, PromptEmbeddings, TimeSampling
 from training.model.noise import FlowMatching, NoiseProcess, shift_of
 from training.model.reference import read_config
@@ -24,6 +25,14 @@ class _FlowModel(Family):
     network = "transformer"
     flow = True
     pooled = True
+    patch = PATCH
+    kohya = DottedKeys()
+
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        return int(config["joint_attention_dim"])
+
+    def pooled_width(self, config: Mapping[str, Any]) -> int:
+        return int(config["pooled_projection_dim"])
 
     def process(self, ref: "ModelRef", latent_shape: Sequence[int], sampling: TimeSampling) -> NoiseProcess:
         tokens = (latent_shape[-2] // PATCH) * (latent_shape[-1] // PATCH)
@@ -82,6 +91,7 @@ class Flux(_FlowModel):
 
     pipeline = "FluxPipeline"
     network_class = "FluxTransformer2DModel"
+    sample_size = 128  # its config names none; its pipeline has this one
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
         tokens, pooled, _ = pipeline.encode_prompt(prompts, None, device=pipeline.text_encoder.device)

@@ -3,22 +3,25 @@
 What families differ in lies behind `training.model.family.Family`.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    import torch
-    from diffusers import DiffusionPipeline
+import torch
 
-    from training.model.family import PromptEmbeddings
+from training.adapter.encoders import fuse_encoders
 from training.model.devices import resolve_dtype
 from training.model.families import family_for
+from training.model.family import PromptEmbeddings
 from training.model.reference import ADAPTER_FILE, ModelError, ModelRef, model_index
+from training.model.sampling import negative_prompt
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
-def network_outline(ref: ModelRef) -> "torch.nn.Module":
+def network_outline(ref: ModelRef) -> torch.nn.Module:
     """The base's UNet or transformer without weights, on torch's meta device."""
     import diffusers
-    import torch
 
     family = family_for(ref)
     kind = getattr(diffusers, family.network_class)
@@ -42,18 +45,12 @@ def load_pipeline(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
 
     The safety checker is left out: it would replace candidates by black images, which rank like pictures.
     """
-    import diffusers
-    import torch
-
     family = family_for(ref)
-    quiet_libraries()
     precision = resolve_dtype(dtype, device)
-    parts = _left_out(ref)
+    parts: dict[str, Any] = {}
     if ref.network:
         parts[family.network] = load_network(ref, device, dtype)
-    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
-        ref.base, revision=ref.revision, dtype=precision, **parts
-    )
+    pipeline = _load(ref, precision, parts)
     pipeline.set_progress_bar_config(disable=True)
     if ref.adapter:
         fuse_adapter(getattr(pipeline, family.network), ref.adapter, family.network)
@@ -65,6 +62,18 @@ def load_pipeline(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
     return pipeline
 
 
+def _load(ref: ModelRef, precision: torch.dtype, parts: Mapping[str, Any]) -> "DiffusionPipeline":
+    """The base's pipeline by its family's class. parts: components that are given, or left out by None."""
+    import diffusers
+
+    quiet_libraries()
+    kind = getattr(diffusers, family_for(ref).pipeline)
+    pipeline: DiffusionPipeline = kind.from_pretrained(
+        ref.base, revision=ref.revision, dtype=precision, **{**_left_out(ref), **parts}
+    )
+    return pipeline
+
+
 def _left_out(ref: ModelRef) -> dict[str, Any]:
     """Parts that are not loaded: the safety checker, and what the checkpoint itself says it has not (SD3 without T5),
     which diffusers wants to be told."""
@@ -73,7 +82,7 @@ def _left_out(ref: ModelRef) -> dict[str, Any]:
     return parts | ({"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {})
 
 
-def fuse_adapter(network: "torch.nn.Module", adapter: str, prefix: str) -> None:
+def fuse_adapter(network: torch.nn.Module, adapter: str, prefix: str) -> None:
     """Add a LoRA to the weights for good: sampling never needs the two apart, and fused layers cost nothing.
 
     prefix: the name of the network in its pipeline, which the adapter's keys begin with.
@@ -86,8 +95,6 @@ def fuse_adapter(network: "torch.nn.Module", adapter: str, prefix: str) -> None:
 def _fuse_encoders(pipeline: "DiffusionPipeline", ref: ModelRef) -> None:
     """The same for the text encoders, where the adapter has something for them."""
     if ref.adapter:
-        from training.adapter.encoders import fuse_encoders
-
         fuse_encoders(pipeline, ref.adapter)
 
 
@@ -100,15 +107,14 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def prefer_channels_last(network: "torch.nn.Module") -> None:
+def prefer_channels_last(network: torch.nn.Module) -> None:
     """NHWC layout for UNets: about 30 % faster convolutions on CPUs, and what tensor cores want."""
-    import torch
 
     if any(isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3) for module in network.modules()):
         network.to(memory_format=torch.channels_last)
 
 
-def load_network(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "torch.nn.Module":
+def load_network(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> torch.nn.Module:
     """The UNet or transformer alone (the tuned one where there is one), without any adapter."""
     import diffusers
 
@@ -128,16 +134,10 @@ def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
     The autoencoder is in float32 where half precision would cost it digits (bfloat16) or overflow: what it encodes is
     kept.
     """
-    import diffusers
-    import torch
-
     family = family_for(ref)
-    quiet_libraries()
     precision = resolve_dtype(dtype, device)
-    parts = _left_out(ref) | {family.network: network_outline(ref)}
-    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
-        ref.base, revision=ref.revision, dtype=precision, **parts
-    )
+    parts: dict[str, Any] = {family.network: network_outline(ref)}
+    pipeline = _load(ref, precision, parts)
     if precision == torch.bfloat16 or (precision == torch.float16 and pipeline.vae.config.force_upcast):
         pipeline.vae.to(torch.float32)
     _fuse_encoders(pipeline, ref)
@@ -150,33 +150,24 @@ def load_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "D
 def load_trainable_encoders(ref: ModelRef, device: str = "cpu", dtype: str = "auto") -> "DiffusionPipeline":
     """The pipeline with nothing but the base's own `Family.text_encoders`, without any adapter, and an outline of its
     network: enough for `Family.embed_anew`."""
-    import diffusers
-
     family = family_for(ref)
-    quiet_libraries()
-    parts = _left_out(ref) | {family.network: network_outline(ref), "vae": None}
+    parts: dict[str, Any] = {family.network: network_outline(ref), "vae": None}
     for name in model_index(ref.base, ref.revision):
         if name.startswith("text_encoder") and name not in family.text_encoders:
             parts |= {name: None, name.replace("text_encoder", "tokenizer"): None}
-    pipeline = getattr(diffusers, family.pipeline).from_pretrained(
-        ref.base, revision=ref.revision, dtype=resolve_dtype(dtype, device), **parts
-    )
+    pipeline = _load(ref, resolve_dtype(dtype, device), parts)
     for name in family.text_encoders:
         getattr(pipeline, name).to(device)
     return pipeline
 
 
-def embed_negative(ref: ModelRef) -> "PromptEmbeddings":
+def embed_negative(ref: ModelRef) -> PromptEmbeddings:
     """What guidance leads away from (see `sampling.negative_prompt`), computed on the CPU by the model's text encoders
     alone."""
-    import diffusers
-
-    from training.model.sampling import negative_prompt
-
     family = family_for(ref)
     # Nothing is drawn, but SD3 without T5 asks the network for the width of its embeddings.
-    parts = _left_out(ref) | {family.network: network_outline(ref), "vae": None}
-    pipeline = getattr(diffusers, family.pipeline).from_pretrained(ref.base, revision=ref.revision, **parts)
+    parts: dict[str, Any] = {family.network: network_outline(ref), "vae": None}
+    pipeline = _load(ref, torch.float32, parts)
     _fuse_encoders(pipeline, ref)
     embedded: PromptEmbeddings = negative_prompt(pipeline).map(lambda each: each.float())
     return embedded

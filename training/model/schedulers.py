@@ -1,15 +1,12 @@
 """Which of diffusers' schedulers can draw from a model. Tried on a tiny picture, without loading weights."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from training.model.families import family_for
-from training.model.reference import ModelRef, read_config
-
-if TYPE_CHECKING:
-    pass
+from training.model.reference import ModelError, ModelRef, read_config
 
 
 def scheduler_names() -> list[str]:
@@ -38,6 +35,34 @@ def flow_scheduler(name: str, options: Mapping[str, Any]) -> bool:
 
 FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 """Options with which a solver for diffusion models draws from flow models."""
+
+
+def check_scheduler(ref: ModelRef, name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a scheduler, with these options, that the model cannot be drawn by. Loads no weights.
+
+    Raises ModelError that names `generation.scheduler` or its options, and what would work.
+    """
+    if name not in (names := scheduler_names()):
+        raise ModelError(f"generation.scheduler={name!r}; there are {', '.join(names)}")
+    if unknown := sorted(set(options) - set(scheduler_options(name))):
+        taken = ", ".join(scheduler_options(name))
+        raise ModelError(f"generation.scheduler_options={unknown}: {name} knows only {taken}")
+    family, given = family_for(ref), f"generation.scheduler={name!r} with scheduler_options={dict(options)}"
+    if family.flow != flow_scheduler(name, options):
+        trained, fitting = ("diffusion", "DPMSolverMultistepScheduler")
+        if family.flow:
+            trained, fitting = ("flow matching", "FlowMatchEulerDiscreteScheduler")
+        raise ModelError(
+            f"{given}: base_model={ref.base!r} was trained by {trained}; use a scheduler for it, such as {fitting}"
+        )
+    if name in family.odd_schedulers:
+        raise ModelError(
+            f"{given}: {family.odd_schedulers[name]}, which base_model={ref.base!r} is not; use another, such as "
+            "DPMSolverMultistepScheduler"
+        )
+    if family.flow and (fault := scheduler_fault(ref, name, options)):
+        able = ", ".join(flow_schedulers(ref))
+        raise ModelError(f"{given} cannot draw from base_model={ref.base!r} ({fault}); those that can: {able}")
 
 
 def scheduler_fault(ref: ModelRef, name: str, options: Mapping[str, Any]) -> str | None:

@@ -1,11 +1,12 @@
 """Stable Diffusion 1.x and 2.x (one text encoder), and SDXL (two, pooled embeddings, sizes)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from training.model.family import Conditions, Family, PromptEmbeddings, TimeSampling
+from training.adapter.kohya_keys import FlatKeys, OriginalKeys
+from training.model.family import TIME_IDS, Conditions, Family, PromptEmbeddings, TimeSampling
 from training.model.noise import Diffusion, NoiseProcess
 from training.model.reference import read_config
 
@@ -17,12 +18,19 @@ if TYPE_CHECKING:
 
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler")
 """They scale what the network sees and predicts, so they draw nothing sensible from other models."""
+EDM = "it draws from models in the formulation of EDM"
 
 
 class StableDiffusion(Family):
     """Rombach et al. 2021 (arXiv:2112.10752): epsilon or v prediction."""
 
     pipeline = "StableDiffusionPipeline"
+    odd_schedulers = dict.fromkeys(EDM_SCHEDULERS, EDM)
+    kohya = FlatKeys({"text_encoder": "lora_te"})
+
+    def text_width(self, config: Mapping[str, Any]) -> int:
+        width = config["cross_attention_dim"]
+        return int(width[0] if isinstance(width, list) else width)
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
         tokens, _ = pipeline.encode_prompt(prompts, pipeline.text_encoder.device, 1, do_classifier_free_guidance=False)
@@ -76,6 +84,12 @@ class StableDiffusionXL(StableDiffusion):
     takes_time_ids = True
     text_encoders = ("text_encoder", "text_encoder_2")
     read_to_last_but_one = ("text_encoder",)  # the other's last layer gives the pooled embedding
+    kohya = OriginalKeys({"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"})
+
+    def pooled_width(self, config: Mapping[str, Any]) -> int:
+        """The network's input is the pooled embedding and the embedded time ids one after another."""
+        together, each = config["projection_class_embeddings_input_dim"], config["addition_time_embed_dim"]
+        return int(together) - TIME_IDS * int(each)
 
     def embed(self, pipeline: "DiffusionPipeline", prompts: list[str]) -> PromptEmbeddings:
         found = pipeline.encode_prompt(prompts, device=pipeline.text_encoder.device, do_classifier_free_guidance=False)

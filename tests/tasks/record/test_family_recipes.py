@@ -7,7 +7,7 @@ import diffusers
 import pytest
 
 from tasks.record.checks import check
-from tasks.record.recipe import ParameterError, Recipe, resolve
+from tasks.record.recipe import Recipe, resolve
 from tasks.record.settings import GivenGeneration
 from tests.families import FamilyBases
 from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images
@@ -46,7 +46,7 @@ def test_schedulers_of_other_families_are_refused(
     name: str, scheduler: str, options: dict[str, object], trained: str, fitting: str,
 ) -> None:  # fmt: skip
     message = rf"generation\.scheduler='{scheduler}'.*was trained by {trained}.*such as {fitting}"
-    with pytest.raises(ParameterError, match=message):
+    with pytest.raises(ValueError, match=message):
         check(recipe(tiny_preset, bases.folder(name), scheduler, options), tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_a_flow_scheduler_is_refused_just_where_the_pipeline_cannot_draw_with_it
     pipeline, refused = bases.ours(name), None
     try:
         check(recipe(tiny_preset, bases.folder(name), scheduler, options), tmp_path)
-    except ParameterError as error:
+    except ValueError as error:
         refused = str(error)
     before = pipeline.scheduler
     try:
@@ -99,7 +99,7 @@ def test_models_and_schedulers_in_the_formulation_of_edm_are_refused(
     tiny_preset: Path, bases: FamilyBases, tmp_path: Path
 ) -> None:
     edm = "EDMDPMSolverMultistepScheduler"
-    with pytest.raises(ParameterError, match=rf"generation\.scheduler='{edm}'.*EDM.*DPMSolverMultistepScheduler"):
+    with pytest.raises(ValueError, match=rf"generation\.scheduler='{edm}'.*EDM.*DPMSolverMultistepScheduler"):
         check(recipe(tiny_preset, bases.folder("sdxl"), edm, {}), tmp_path)
     base = Path(shutil.copytree(bases.folder("sdxl"), tmp_path / "playground"))
     getattr(diffusers, edm)().save_pretrained(base / "scheduler")
@@ -119,6 +119,6 @@ def test_the_disk_a_cycle_needs_follows_the_models_own_scale(
         found = None
         try:
             check(recipe(tiny_preset, bases.folder("sd3"), EULER, {}), tmp_path)
-        except ParameterError as error:
+        except ValueError as error:
             found = str(error)
         assert (found is None) == enough, found

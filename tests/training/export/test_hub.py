@@ -146,25 +146,25 @@ def test_public_is_asked_for(hub: Hub, training: Path) -> None:
 
 def test_a_refused_or_reading_token_stops_before_anything_is_made(hub: Hub, training: Path) -> None:
     refused = command(hub, training, HF_TOKEN="hf_wrong")
-    assert refused.returncode == 1 and "refuses the token" in refused.stderr and "hf_wrong" not in refused.stderr
+    assert refused.returncode == 2 and "refuses the token" in refused.stderr and "hf_wrong" not in refused.stderr
     hub.role = "read"
     reading = command(hub, training)
-    assert reading.returncode == 1 and "may only read" in reading.stderr
+    assert reading.returncode == 2 and "may only read" in reading.stderr
     assert {path for _, path, _ in hub.asked} == {"/api/whoami-v2"} and not hub.files
 
 
 def test_a_hub_that_does_not_answer_is_told(hub: Hub, training: Path) -> None:
     silent = command(hub, training, HF_ENDPOINT="http://127.0.0.1:9")
-    assert silent.returncode == 1 and "does not answer" in silent.stderr and "publish later" in silent.stderr
+    assert silent.returncode == 2 and "does not answer" in silent.stderr and "publish later" in silent.stderr
     assert "Traceback" not in silent.stderr
 
 
 def test_no_token_and_no_weights_are_told_without_the_network(hub: Hub, training: Path) -> None:
     without = command(hub, training, HF_TOKEN="")
-    assert without.returncode == 1 and "no token; run `hf auth login`" in without.stderr
+    assert without.returncode == 2 and "no token; run `hf auth login`" in without.stderr
     (training / "adapter" / ADAPTER_FILE).unlink()
     without = command(hub, training)
-    assert without.returncode == 1 and "no weights in adapter" in without.stderr
+    assert without.returncode == 2 and "holds no trained weights" in without.stderr
     assert not hub.asked
 
 
@@ -193,9 +193,12 @@ def test_only_weights_and_their_config_go_out(training: Path) -> None:
         (training / "unet").mkdir(exist_ok=True)
         (training / "unet" / name).write_text("")
     (training / "adapter" / ADAPTER_FILE).unlink()
+    record = json.loads((training / "checkpoint.json").read_text())
+    model = {"base": "/home/me/base", "network": "/moved/since/unet"}
+    write_json(training / "checkpoint.json", record | {"method": "full", "model": model})
     names = {"config.json", "diffusion_pytorch_model-00001-of-00002.safetensors",
              "diffusion_pytorch_model.safetensors.index.json"}  # fmt: skip
     assert set(push_files(training)) - {"kohya/lora.safetensors"} == {f"unet/{name}" for name in names}
     (training / "unet").rename(training / "elsewhere")
-    with pytest.raises(PushError, match="no weights in adapter"):
+    with pytest.raises(PushError, match="holds no trained weights"):
         push_files(training)

@@ -1,6 +1,7 @@
 """LoRAs under kohya's keys: loaders that know them must give the pictures that diffusers gives with the original."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from data.safetensors_file import add_to_header, read_header
 from tests.training.adapters import ATTENTION, RESNET, draw, load, load_unet, save_adapter, save_base
 from training.adapter.layers import Layer
 from training.export.kohya import Base, main, read_layers, to_kohya, write_kohya
+from training.model.families import FAMILIES
 from training.model.loading import fuse_adapter
 from training.model.reference import ADAPTER_FILE, ModelError
 
@@ -137,12 +139,12 @@ def test_transformers_keep_diffusers_names_with_the_scale_inside(tmp_path: Path)
     down, up, sizes = torch.randn(4, 8), torch.randn(6, 4), torch.rand(6)
     name = "transformer.transformer_blocks.0.attn.to_q"
     state = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.lora_magnitude_vector": sizes}
-    base = Base("FluxPipeline", {})
-    found = to_kohya(read_layers(state, {"transformer.lora_alpha": 6, "transformer.r": 4}), base)
+    base = Base(FAMILIES["FluxPipeline"], {})
+    found = to_kohya(read_layers(state, {"transformer.lora_alpha": 6, "transformer.r": 4}, "transformer"), base)
     assert found.keys() == {f"{name}.lora_A.weight", f"{name}.lora_B.weight", f"{name}.dora_scale"}
     torch.testing.assert_close(found[f"{name}.lora_B.weight"] @ found[f"{name}.lora_A.weight"], 1.5 * up @ down)
     assert found[f"{name}.dora_scale"].shape == (6, 1)
-    assert to_kohya(read_layers(state, {}), base)[f"{name}.lora_B.weight"].equal(up)
+    assert to_kohya(read_layers(state, {}, "transformer"), base)[f"{name}.lora_B.weight"].equal(up)
 
 
 def test_diffusers_reads_the_file_of_a_transformer_as_well() -> None:
@@ -170,9 +172,9 @@ def test_diffusers_reads_the_file_of_a_transformer_as_well() -> None:
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     state = {f"transformer.{k}": v for k, v in get_peft_model_state_dict(tuned, adapter_name="policy").items()}
-    layers = read_layers(state, {f"transformer.{key}": value for key, value in config.to_dict().items()})
+    layers = read_layers(state, {f"transformer.{key}": value for key, value in config.to_dict().items()}, "transformer")
     loaded = network()
-    state, _ = FluxPipeline.lora_state_dict(to_kohya(layers, Base("FluxPipeline", {})), return_alphas=True)
+    state, _ = FluxPipeline.lora_state_dict(to_kohya(layers, Base(FAMILIES["FluxPipeline"], {})), return_alphas=True)
     loaded.load_lora_adapter(state, prefix="transformer")
     assert (predict(tuned) - predict(network())).abs().max() > 1e-2
     torch.testing.assert_close(predict(loaded), predict(tuned), rtol=1e-4, atol=1e-5)
@@ -201,10 +203,10 @@ def test_the_header_says_what_is_known(world: Path, tmp_path: Path) -> None:
     ],
 )
 def test_the_generation_of_the_base_is_told(width: int, prediction: str, version: str, architecture: str) -> None:
-    from training.export.kohya import header
-
     layer = Layer("unet", "conv_in", torch.ones(2, 4, 3, 3), torch.ones(4, 2, 1, 1), None, 1.0)
-    known = header([layer], Base("StableDiffusionPipeline", {"cross_attention_dim": width}, prediction), "t")
+    keys = FAMILIES["StableDiffusionPipeline"].kohya
+    assert keys is not None
+    known = keys.header([layer], {"cross_attention_dim": width}, prediction, "t")
     assert known["ss_base_model_version"] == version and known["modelspec.architecture"] == architecture
     assert known["ss_v2"] == str(width == 1024)
 
@@ -212,8 +214,8 @@ def test_the_generation_of_the_base_is_told(width: int, prediction: str, version
 def test_the_command_finds_the_base_in_the_record(world: Path, tmp_path: Path, capsys: Any) -> None:
     base = save_base(world, "sd")
     adapter = save_adapter(base, tmp_path / "adapter", ATTENTION)
-    with pytest.raises(SystemExit, match=r"checkpoint\.json.*--base"):
-        main([str(adapter), "--to", str(tmp_path / "k.safetensors")])
+    assert main([str(adapter), "--to", str(tmp_path / "k.safetensors")]) == 2
+    assert re.search(r"checkpoint\.json.*--base", capsys.readouterr().err, re.DOTALL)
     record = {"model": {"base": str(base), "adapter": "/moved/since/adapter"}, "method": "lora", "steps": 1, "pairs": 1,
               "beta": 1.0, "kappa": 0.5, "sha256": "", "metrics": {}}  # fmt: skip
     (tmp_path / "checkpoint.json").write_text(json.dumps(record))
@@ -230,15 +232,15 @@ def test_the_command_finds_the_base_in_the_record(world: Path, tmp_path: Path, c
 def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
     good = {"unet.conv_in.lora_A.weight": torch.ones(2, 4, 3, 3), "unet.conv_in.lora_B.weight": torch.ones(4, 2, 1, 1)}
     with pytest.raises(ModelError, match=r"unet\.conv_in\.hada_w1_a is no part"):
-        read_layers({"unet.conv_in.hada_w1_a": torch.ones(1)}, {})
+        read_layers({"unet.conv_in.hada_w1_a": torch.ones(1)}, {}, "unet")
     with pytest.raises(ModelError, match=r"unet\.conv_in has only \['down'\]"):
-        read_layers({"unet.conv_in.lora_A.weight": torch.ones(2, 4)}, {})
+        read_layers({"unet.conv_in.lora_A.weight": torch.ones(2, 4)}, {}, "unet")
     with pytest.raises(ModelError, match=r"lora_B\.bias is no part"):
-        read_layers(good | {"unet.conv_in.lora_B.bias": torch.ones(4)}, {})
-    xl = Base("StableDiffusionXLPipeline", {"layers_per_block": 2, "up_block_types": ()})
-    layers = read_layers({key.replace("conv_in", "class_embedding"): value for key, value in good.items()}, {})
+        read_layers(good | {"unet.conv_in.lora_B.bias": torch.ones(4)}, {}, "unet")
+    xl = Base(FAMILIES["StableDiffusionXLPipeline"], {"layers_per_block": 2, "up_block_types": ()})
+    layers = read_layers({key.replace("conv_in", "class_embedding"): value for key, value in good.items()}, {}, "unet")
     with pytest.raises(ModelError, match="class_embedding has no counterpart"):
         to_kohya(layers, xl)
     (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
-    with pytest.raises(ModelError, match="SanaPipeline; keys are known for StableDiffusionPipeline"):
+    with pytest.raises(ModelError, match="SanaPipeline; supported: StableDiffusionPipeline"):
         Base.read(str(tmp_path))
