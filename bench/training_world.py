@@ -6,7 +6,6 @@ and "sdxl" are the published sizes.
 """
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from data.columns import latent_column
-from data.ids import image_uid, pair_id, prompt_id
-from data.manifest import write_manifest
-from data.schema import IMAGE, pair_schema
+from data.ids import prompt_id
+from data.manifest import make_manifest, write_manifest
+from data.pictures import open_image
+from data.preference_rows import Pairs, Side, preference_table
+from data.schema import pair_schema
 from data.shards import write_shard
 from tests.tiny import ALL_MERGES, MERGES, SPECIAL, clip_tokenizer
 from training.model.families import family_for
@@ -147,12 +147,12 @@ class Shards:
 
     @torch.no_grad()
     def encode(self, rows: slice) -> dict[str, Any]:
-        """Latents of both sides and embeddings of some rows, as arrays."""
+        """Latents of both sides and embeddings of some rows, as arrays, and the rows."""
         table = self.table.slice(rows.start, rows.stop - rows.start)
         sides = [torch.stack([_tensor(data) for data in table[f"jpg_{side}"].to_pylist()]) for side in (0, 1)]
         latents = [self.family.encode(self.pipeline, side.to(self.device)).float().cpu().numpy() for side in sides]
         prompts = self.family.embed(self.pipeline, table["caption"].to_pylist()).map(lambda each: each.float().cpu())
-        return {"latents": latents, "prompts": prompts, "captions": table["caption"], "labels": table["label_0"]}
+        return {"latents": latents, "prompts": prompts, "rows": table}
 
     def write(self, folder: Path, batch: int) -> Path:
         """All of them, published."""
@@ -161,40 +161,34 @@ class Shards:
         metadata = {"latent": {"shape": list(shape)}, "embedding": {"shape": list(prompts.tokens.shape[1:])}}
         pooled = None if prompts.pooled is None else prompts.pooled.shape[1]
         schema = pair_schema(int(np.prod(shape)), prompts.tokens[0].numel(), [], metadata, pooled)
-        tables = [
-            pa.table(columns).select(schema.names).cast(schema) for columns in _columns(parts, self.table, schema)
-        ]
+        tables = [preference_table(_pairs(part), schema) for part in parts]
         record = write_shard(folder / "00000-of-00001.arrow", pa.concat_tables(tables), schema)
-        write_manifest(folder, {SPLIT: [record]}, "bench", "2026-01-01T00:00:00+00:00")
+        write_manifest(folder, make_manifest({SPLIT: [record]}, "bench", "2026-01-01T00:00:00+00:00"))
         return folder
 
 
 def _tensor(data: bytes) -> torch.Tensor:
     """(3, H, W) in [-1, 1]."""
-    pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(open_image(data).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def _columns(parts: list[dict[str, Any]], data: pa.Table, schema: pa.Schema) -> Iterator[dict[str, Any]]:
-    start = 0
-    for part in parts:
-        captions, rows = part["captions"].to_pylist(), len(part["captions"])
-        table, ids = data.slice(start, rows), [prompt_id(caption) for caption in captions]
-        label = np.asarray(part["labels"], np.float32)
-        columns = {name: pa.nulls(rows, schema.field(name).type) for name in schema.names}
-        columns |= {
-            "pair_id": [pair_id(each, 0, 1, "m", "m", "bench") for each in ids], "prompt_id": ids, "caption": captions,
-            "prompt_embedding": latent_column(part["prompts"].tokens.numpy()), "has_label": [True] * rows,
-            "are_different": [True] * rows, "config_hash": ["bench"] * rows, "label_0": label, "label_1": 1 - label,
-        }  # fmt: skip
-        if part["prompts"].pooled is not None:
-            columns["pooled_embedding"] = latent_column(part["prompts"].pooled.numpy())
-        for side in (0, 1):
-            images = table[f"jpg_{side}"].to_pylist()
-            columns |= {
-                f"image_{side}": pa.array([{"bytes": each, "path": None} for each in images], IMAGE),
-                f"image_{side}_uid": [image_uid(each) for each in images], f"seed_{side}": [side] * rows,
-                f"latent_{side}": latent_column(part["latents"][side]), f"model_{side}": ["m"] * rows,
-            }  # fmt: skip
-        start += rows
-        yield columns
+def _pairs(part: dict[str, Any]) -> Pairs:
+    """Encoded rows of the data set; see `Shards.encode`."""
+    data, prompts = part["rows"], part["prompts"]
+    captions, rows = data["caption"].to_pylist(), len(data)
+    sides = [
+        Side(
+            images=data[f"jpg_{side}"].to_pylist(), latents=part["latents"][side], seeds=[side] * rows,
+            models=["m"] * rows,
+        )
+        for side in (0, 1)
+    ]  # fmt: skip
+    return Pairs(
+        prompt_ids=[prompt_id(caption) for caption in captions],
+        captions=captions,
+        sides=(sides[0], sides[1]),
+        label_0=data["label_0"].to_pylist(),
+        config_hashes=["bench"] * rows,
+        prompt_embeddings=prompts.tokens.numpy(),
+        pooled_embeddings=None if prompts.pooled is None else prompts.pooled.numpy(),
+    )

@@ -11,9 +11,7 @@ Known layouts, of which the first that is there counts:
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,9 @@ from typing import Any, overload
 
 import numpy as np
 
+from data.cells import picture_of
 from data.pictures import open_image
-from data.tables import Table, image_source, read_table
+from data.tables import FileTable, load_json, read_table
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 CAPTION_COLUMNS = ("text", "prompt", "caption")
@@ -89,13 +88,13 @@ def read_captioned(path: str | Path, caption_column: str | None = None) -> Capti
         raise FileNotFoundError(f"{place}: there is no such folder or file")
     if place.is_file():
         return _from_table(place, caption_column)
-    found = [name for name in (*METADATA, "captions.json") if (place / name).is_file()]
-    if len(found) > 1:
-        raise ValueError(f"{place}: holds {' and '.join(found)}; keep the one with the captions that count")
-    if not found:
+    lists = [name for name in (*METADATA, "captions.json") if (place / name).is_file()]
+    if len(lists) > 1:
+        raise ValueError(f"{place}: holds {' and '.join(lists)}; keep the one with the captions that count")
+    if not lists:
         return _from_folder(place, _sidecars(place))
-    captions = _metadata if found[0] in METADATA else _captions_json
-    return _from_folder(place, captions(place / found[0], caption_column))
+    captions = _metadata if lists[0] in METADATA else _captions_json
+    return _from_folder(place, captions(place / lists[0], caption_column))
 
 
 def _from_folder(folder: Path, captions: list[tuple[str, Any]]) -> Captioned:
@@ -139,38 +138,29 @@ def _sidecars(folder: Path) -> list[tuple[str, Any]]:
 
 
 def _captions_json(path: Path, caption_column: str | None) -> list[tuple[str, Any]]:
-    try:
-        # As pairs, because a dict would keep the last of two captions and say nothing.
-        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=list)
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON: {error}") from error
+    # As pairs, because a dict would keep the last of two captions and say nothing.
+    content = load_json(path, object_pairs_hook=list)
     if not isinstance(content, list) or not all(isinstance(item, tuple) for item in content):
         raise ValueError(f'{path}: must be one object {{"file name": "caption"}}')
     return content
 
 
 def _metadata(path: Path, caption_column: str | None) -> list[tuple[str, Any]]:
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            rows: list[dict[str, Any]] = list(reader)
-        columns = list(reader.fieldnames or [])
-    else:
-        table = read_table(path)
-        columns = table.columns
-        rows = table.rows([name for name in columns if name in ("file_name", caption_column, *CAPTION_COLUMNS)])
+    table = read_table(path)
+    columns = table.columns
     if "file_name" not in columns:
         raise ValueError(f"{path}: lacks the column file_name; it has {', '.join(columns) or 'none'}")
     caption = _only(path, columns, caption_column)
+    rows = table.rows(["file_name", caption])
     return [(Path(str(row["file_name"])).as_posix(), row[caption]) for row in rows]
 
 
 def _only(path: Path, columns: Sequence[str], wanted: str | None) -> str:
     """The column of the captions. Raises ValueError when it is not there, or not clear which it is."""
-    found = [name for name in ((wanted,) if wanted else CAPTION_COLUMNS) if name in columns]
-    if len(found) == 1:
-        return found[0]
-    why = f"has {' and '.join(found)}" if found else f"lacks {wanted or ' or '.join(CAPTION_COLUMNS)}"
+    fitting = [name for name in ((wanted,) if wanted else CAPTION_COLUMNS) if name in columns]
+    if len(fitting) == 1:
+        return fitting[0]
+    why = f"has {' and '.join(fitting)}" if fitting else f"lacks {wanted or ' or '.join(CAPTION_COLUMNS)}"
     raise ValueError(f"{path}: {why}; name the column of the captions, one of {', '.join(columns)}")
 
 
@@ -189,5 +179,11 @@ def _from_table(path: Path, caption_column: str | None) -> Captioned:
     return Captioned(CaptionedImage(ids[row], text, _place(table, images[0], row)) for row, text in enumerate(captions))
 
 
-def _place(table: Table, column: str, row: int) -> Callable[[], bytes | Path]:
-    return lambda: image_source(table.value(column, row), table.path, row)
+def _place(table: FileTable, column: str, row: int) -> Callable[[], bytes | Path]:
+    def place() -> bytes | Path:
+        try:
+            return picture_of(table.value(column, row), table.folder)
+        except ValueError as error:
+            raise ValueError(f"{table.name}, row {row}: {error}") from error
+
+    return place

@@ -1,5 +1,7 @@
 """Columns as numpy arrays and back, and which rows of a preference shard can be trained on."""
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +26,7 @@ def _latent_view(array: pa.FixedSizeListArray) -> np.ndarray:
 
 def latent_column(values: np.ndarray) -> pa.FixedSizeListArray:
     """The inverse of `latents`: one fixed-size float16 list per row of an array (row, ...)."""
-    rows = np.ascontiguousarray(values, np.float16).reshape(len(values), -1)
+    rows = np.ascontiguousarray(values, np.float16).reshape(len(values), math.prod(values.shape[1:]))
     numbers = pa.Array.from_buffers(pa.float16(), rows.size, [None, pa.py_buffer(rows)])
     return pa.FixedSizeListArray.from_arrays(numbers, type=pa.list_(pa.float16(), rows.shape[1]))
 

@@ -18,7 +18,14 @@ StrPath: TypeAlias = str | os.PathLike[str]
 
 @contextmanager
 def published(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that appears under `path` only when its bytes are complete and on disk.
+    """Yield a file that appears under `path` only when its bytes are complete and on disk."""
+    with published_path(path) as temporary, temporary.open("wb") as file:
+        yield file
+
+
+@contextmanager
+def published_path(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path` for a library to write to; what it wrote is flushed and takes the name `path`.
 
     One process owns a path at a time, so temporaries of the same name are left-overs of a killed run.
     """
@@ -27,10 +34,8 @@ def published(path: Path) -> Iterator[BinaryIO]:
         stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # glob readers skip names with a dot
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, or the name may reach the disk before the data
+        yield temporary
+        fsync_path(temporary)  # before the rename, or the name may reach the disk before the data
         os.replace(temporary, path)
         fsync_path(path.parent)  # or the new name itself may be lost with the power
     finally:
@@ -67,6 +72,7 @@ def write_json(path: StrPath, obj: object) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """64 hex digits over the contents of a file, which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

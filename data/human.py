@@ -1,82 +1,70 @@
-"""Where human preference data lie: Parquet and Arrow files, or a data set on the hub. Read from any row on."""
+"""What people preferred, in Pick-a-Pic's columns (Kirstain et al. 2023, arXiv:2305.01569).
+
+Where such data lie, which of their rows decide something, and their pictures at the size trained at. Knows nothing of
+models (`training.model.pair_encoder`), nor of what becomes of a pair.
+"""
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import pyarrow as pa
-from pyarrow import parquet
+import numpy as np
 
-from data.preferences import KNOWN, check_columns
+from data.cells import caption_of, flag, label_of, picture_of
+from data.hub import HubTable
+from data.pictures import decode_image, fit
+from data.tables import Row, TableFiles, read_table, table_files
 
-if TYPE_CHECKING:
-    from datasets import IterableDataset
-
+PICTURES = ("jpg_0", "jpg_1")
+NEEDED = ("caption", *PICTURES, "label_0")
+KNOWN = (*NEEDED, "label_1", "has_label", "are_different", "model_0", "model_1")
 SUFFIXES = (".parquet", ".arrow")
-ROWS_AT_A_TIME = 64
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::(\w+))?")
-Row = dict[str, Any]
+BROKEN_SHARE = 0.05
+"""More broken pictures than that are no accident."""
 
 
 @dataclass(frozen=True)
-class LocalData:
-    """Files, in the order of their names."""
+class HumanData:
+    """Files, or one split of a data set on the hub at one commit, which is streamed. Read from any row on."""
 
-    files: tuple[Path, ...]
-
-    def identity(self) -> Row:
-        """What tells the source from another. Sizes and times stand for contents: to hash 335 GB takes an hour."""
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
-        return {"files": [list(each) for each in stats]}
-
-    def count(self) -> int:
-        return sum(_rows_of(path) for path in self.files)
-
-    def rows(self, start: int) -> Iterator[Row]:
-        """From row `start` of all files together on."""
-        for path in self.files:
-            there = _rows_of(path)
-            if start < there:
-                yield from (_parquet_rows if path.suffix == ".parquet" else _arrow_rows)(path, start)
-            start = max(0, start - there)
-
-
-@dataclass(frozen=True)
-class HubData:
-    """One split of a data set at one commit, streamed: nothing is kept on disk."""
-
-    name: str
-    split: str
-    commit: str
-    examples: int
+    source: TableFiles | HubTable
 
     def identity(self) -> Row:
-        return {"hub": self.name, "split": self.split, "commit": self.commit}
+        """What tells the source from another."""
+        return self.source.identity()
 
     def count(self) -> int:
-        """0 = the hub does not say."""
-        return self.examples
+        """How many rows there are; 0 = the hub does not say."""
+        return self.source.count()
 
     def rows(self, start: int) -> Iterator[Row]:
-        return stream_rows(_open_hub(self.name, self.split, self.commit), start)
+        """The columns that say something of the rows from `start` on; a picture is bytes, a file, or None."""
+        for table, first in self.source.parts(start):
+            names = [name for name in KNOWN if name in table.columns]
+            for row in table.rows(names, first):
+                yield row | {name: _picture(row[name], table.folder) for name in PICTURES}
 
 
-HumanData = LocalData | HubData
+def _picture(cell: Any, folder: Path | None) -> bytes | Path | None:
+    try:
+        return picture_of(cell, folder)
+    except ValueError:
+        return None
 
 
 def human_data(source: str) -> HumanData:
     """The preference data that `pairs` names, their columns checked. Raises ValueError saying what would work."""
     place = Path(source).expanduser()
     if place.exists() or place.suffix in SUFFIXES:
-        return _local(source, place.absolute())
-    return _hub(source)
+        return HumanData(_local(source, place.absolute()))
+    return HumanData(_hub(source))
 
 
-def _local(source: str, place: Path) -> LocalData:
-    files = [place] if place.is_file() else [path for path in sorted(place.rglob("*")) if path.suffix in SUFFIXES]
-    files = [path for path in files if path.suffix in SUFFIXES and not path.name.startswith(".")]
+def _local(source: str, place: Path) -> TableFiles:
+    files = table_files(place, SUFFIXES) if place.exists() else [place]
     if not files:
         raise ValueError(
             f"pairs={source!r}: neither sealed preference shards (with a manifest.json) nor a .parquet or .arrow file "
@@ -84,98 +72,143 @@ def _local(source: str, place: Path) -> LocalData:
         )
     for path in files:
         try:
-            check_columns(_names_of(path))
-        except (ValueError, OSError) as error:  # Arrow's own errors are ValueErrors
-            raise ValueError(f"pairs={source!r}: {path}: {error}") from error
-    return LocalData(tuple(files))
+            _check_file(read_table(path).columns, path)
+        except ValueError as error:
+            raise ValueError(f"pairs={source!r}: {error}") from error
+    return TableFiles(tuple(files))
 
 
-def _names_of(path: Path) -> list[str]:
-    if path.suffix == ".parquet":
-        return list(parquet.read_schema(path).names)
-    names = list(_arrow_table(path).schema.names)
-    if "pair_id" in names and "latent_0" in names:
+def _check_file(columns: list[str], path: Path) -> None:
+    if "pair_id" in columns and "latent_0" in columns:
         raise ValueError(
-            "a preference shard of ours without its manifest.json: finish the run that writes it, or give the folder "
-            "that holds the manifest"
+            f"{path}: a preference shard of ours without its manifest.json: finish the run that writes it, or give the "
+            "folder that holds the manifest"
         )
-    return names
-
-
-def _rows_of(path: Path) -> int:
-    return int(parquet.read_metadata(path).num_rows if path.suffix == ".parquet" else _arrow_table(path).num_rows)
-
-
-def _arrow_table(path: Path) -> pa.Table:
-    """Mapped, not read. Arrow has two formats; `datasets` keeps its cache in the second."""
     try:
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except pa.ArrowInvalid:
-        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        _check_columns(columns)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _arrow_rows(path: Path, start: int) -> Iterator[Row]:
-    table = _arrow_table(path)
-    table = table.select(_known(table.schema.names))
-    for first in range(start, table.num_rows, ROWS_AT_A_TIME):
-        yield from table.slice(first, ROWS_AT_A_TIME).to_pylist()
-
-
-def _parquet_rows(path: Path, start: int) -> Iterator[Row]:
-    """Row groups that lie before the start are not read."""
-    file = parquet.ParquetFile(path)
-    names, groups = _known(file.schema_arrow.names), list(range(file.num_row_groups))
-    while groups and start >= file.metadata.row_group(groups[0]).num_rows:
-        start -= file.metadata.row_group(groups.pop(0)).num_rows
-    for batch in file.iter_batches(ROWS_AT_A_TIME, groups, names):
-        yield from batch.slice(min(start, batch.num_rows)).to_pylist()
-        start = max(0, start - batch.num_rows)
-
-
-def _known(names: Iterable[str]) -> list[str]:
-    there = set(names)
-    return [name for name in KNOWN if name in there]
-
-
-def _hub(source: str) -> HubData:
+def _hub(source: str) -> HubTable:
     match = HUB_NAME.fullmatch(source)
     if not match:
         raise ValueError(
             f"pairs={source!r}: no such folder or file, and no hub data set 'owner/name' or 'owner/name:split'"
         )
-    from huggingface_hub import HfApi
-
-    name, split = match[1], match[2] or "train"
     try:
-        commit = str(HfApi().dataset_info(name).sha)
-        dataset = _open_hub(name, split, commit)
-        names = dataset.column_names or list(next(iter(dataset)))
-    except Exception as error:  # the libraries raise a dozen unrelated kinds; all mean the same to the user
+        table = HubTable.newest(match[1], match[2] or "train")
+        columns = table.columns
+    except ValueError as error:
         raise ValueError(
             f"pairs={source!r}: no such folder or file, and as a hub data set it cannot be read: {error}"
         ) from error
     try:
-        check_columns(names)
+        _check_columns(columns)
     except ValueError as error:
         raise ValueError(f"pairs={source!r}: {error}") from error
-    known = (dataset.info.splits or {}).get(split)
-    return HubData(name, split, commit, known.num_examples if known else 0)
+    return table
 
 
-def _open_hub(name: str, split: str, commit: str) -> "IterableDataset":
-    from datasets import load_dataset
+def _check_columns(names: Iterable[str]) -> None:
+    """Raises ValueError naming the columns that are needed and not there."""
+    there = list(names)
+    if missing := [name for name in NEEDED if name not in there]:
+        raise ValueError(
+            f"no column {', '.join(missing)}; preference data as in Pick-a-Pic has {', '.join(NEEDED)} (pictures as "
+            f"bytes, label_0 1 where jpg_0 is preferred, 0 where jpg_1 is, 0.5 for a tie); there are {', '.join(there)}"
+        )
 
-    dataset: IterableDataset = load_dataset(name, split=split, revision=commit, streaming=True)
-    return dataset
+
+@dataclass
+class Counts:
+    """What became of the source's rows. pairs: taken. The others were left out, each for one reason."""
+
+    rows: int = 0
+    pairs: int = 0
+    ties: int = 0
+    unlabelled: int = 0
+    identical: int = 0
+    broken: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def text(self) -> str:
+        """All numbers in one line, the reasons also as shares of the rows."""
+
+        def share(count: int) -> str:
+            return f"{count} ({100 * count / max(1, self.rows):.1f} %)"
+
+        return (
+            f"{self.pairs} pairs of {self.rows} rows; left out: {share(self.ties)} ties, {share(self.unlabelled)} "
+            f"without a decision, {share(self.identical)} of identical images, {share(self.broken)} broken"
+        )
+
+    def check(self) -> None:
+        """Raises ValueError when too many pictures are broken; a single one says nothing."""
+        judged = self.pairs + self.broken
+        if self.broken > max(1, BROKEN_SHARE * judged):
+            raise ValueError(
+                f"{self.broken} of {judged} labelled pairs have a picture that cannot be read, more than "
+                f"{BROKEN_SHARE:.0%}; the source is damaged, or its columns jpg_0 and jpg_1 hold something else"
+            )
 
 
-def stream_rows(dataset: "IterableDataset", start: int) -> Iterator[Row]:
-    """The columns that say something, pictures as files."""
-    from datasets import Image
+class HumanPair(NamedTuple):
+    """One row that is taken. row: its place in the source. For each side: the file, the picture as uint8 (H, W, 3) of
+    the size trained at, and its time ids (`data.pictures.fit`)."""
 
-    if dataset.column_names:
-        dataset = dataset.select_columns(_known(dataset.column_names))
-    for name, kind in (dataset.features or {}).items():
-        if isinstance(kind, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-    yield from dataset.skip(start)
+    row: int
+    caption: str
+    label_0: float
+    models: tuple[str, str]
+    files: tuple[bytes, bytes]
+    pictures: tuple[np.ndarray, np.ndarray]
+    time_ids: tuple[list[int], list[int]]
+
+
+def decision(row: Mapping[str, Any]) -> str:
+    """'labelled', or why the row says nothing: 'unlabelled', 'ties' or 'identical'.
+
+    Raises ValueError for a label that is none of 0, 0.5 and 1: then the data are of another kind.
+    """
+    label = label_of(row)
+    if label is None:
+        return "unlabelled"
+    if label == 0.5:
+        return "ties"
+    if flag("are_different", row.get("are_different")) is False:
+        return "identical"
+    files = _files(row)
+    return "identical" if files is not None and files[0] == files[1] else "labelled"
+
+
+def read_pair(row: Mapping[str, Any], index: int, height: int, width: int) -> HumanPair | None:
+    """A labelled row with its pictures decoded and fitted; None when one is broken or the caption is missing."""
+    label, files = label_of(row), _files(row)
+    if label is None or files is None:
+        return None
+    try:
+        caption = caption_of(row["caption"])
+        (first, ids_0), (second, ids_1) = (fit(decode_image(data), height, width) for data in files)
+    except ValueError:
+        return None
+    models = (str(row.get("model_0") or "unknown"), str(row.get("model_1") or "unknown"))
+    return HumanPair(
+        row=index, caption=caption, label_0=label, models=models, files=files, pictures=(first, second),
+        time_ids=(ids_0, ids_1),
+    )  # fmt: skip
+
+
+def _files(row: Mapping[str, Any]) -> tuple[bytes, bytes] | None:
+    """The encoded pictures of both sides; None where one is missing."""
+    try:
+        first, second = (picture_of(row[name]) for name in PICTURES)
+        return _contents(first), _contents(second)
+    except (ValueError, OSError):
+        return None
+
+
+def _contents(picture: bytes | Path) -> bytes:
+    return picture if isinstance(picture, bytes) else picture.read_bytes()

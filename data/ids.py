@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 
 
 def canonical_json(value: object) -> str:
@@ -11,7 +12,8 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def _digest(value: object) -> str:
+def json_sha256(value: object) -> str:
+    """64 hex digits over a JSON value, whatever the order of its keys."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
@@ -24,13 +26,21 @@ def prompt_id(prompt: str) -> str:
 def candidate_id(prompt_id: str, seed: int, model: str, config_hash: str) -> str:
     """32 hex digits that identify an image before it exists, so that a rerun can recognise it."""
     key = {"prompt_id": prompt_id, "seed": int(seed), "model": model, "config_hash": config_hash}
-    return _digest(key)[:32]
+    return json_sha256(key)[:32]
 
 
 def pair_id(prompt_id: str, seed_0: int, seed_1: int, model_0: str, model_1: str, config_hash: str) -> str:
     """32 hex digits that identify a pair; the two orders of the same images are two ids."""
     key = {"prompt_id": prompt_id, "seed_0": int(seed_0), "seed_1": int(seed_1)}
-    return _digest(key | {"model_0": model_0, "model_1": model_1, "config_hash": config_hash})[:32]
+    return json_sha256(key | {"model_0": model_0, "model_1": model_1, "config_hash": config_hash})[:32]
+
+
+def imported_pair_id(prompt_id: str, row: int, image_uids: Sequence[str], config_hash: str) -> str:
+    """32 hex digits that identify a pair of pictures that people compared.
+
+    The same pictures may have been compared twice, and none has a seed: the row of the source tells pairs apart.
+    """
+    return json_sha256([config_hash, row, prompt_id, *image_uids])[:32]
 
 
 def image_uid(data: bytes) -> str:

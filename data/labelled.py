@@ -13,20 +13,19 @@ Where each format was looked up:
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.hub import is_hub_id
-from data.tables import image_source, read_table
+from data.cells import caption_of, label_of, picture_of
+from data.hub import HubTable, is_hub_id
+from data.ids import prompt_id
+from data.tables import Table, load_json, read_table, table_files
 
 IMAGE_COLUMNS = (("jpg_0", "jpg_1"), ("image_0", "image_1"))
-OPTIONAL_COLUMNS = ("has_label", "prompt_id", "pair_id")
+OPTIONAL_COLUMNS = ("label_1", "has_label", "prompt_id", "pair_id")
 RANKINGS = {"rank": -1, "ranking": -1, "human_preference": 1}
 """Key of a ranked record -> whether a larger number is better (1) or worse (-1)."""
 RANKED_IMAGES = ("image_path", "file_path", "generations")
@@ -59,19 +58,17 @@ class Labelled(Iterable[LabelledPair]):
     def __iter__(self) -> Iterator[LabelledPair]:
         self.unlabelled = 0
         if not self._files:
-            yield from self._pairs(hub_rows(self.name, self._split), Path(self.name))
+            yield from self._pairs(HubTable(self.name, self._split))
         for file in self._files:
-            yield from self._of_file(file)
+            yield from ranked_pairs(file, self._images) if file.suffix == ".json" else self._pairs(read_table(file))
 
-    def _of_file(self, file: Path) -> Iterator[LabelledPair]:
-        if file.suffix == ".json":
-            return ranked_pairs(file, self._images)
-        table = read_table(file)
-        return self._pairs(table.stream(_columns(table.columns, file)), file)
-
-    def _pairs(self, rows: Iterable[Mapping[str, Any]], file: Path) -> Iterator[LabelledPair]:
-        for index, row in enumerate(rows):
-            pair = _pair(row, file, index)
+    def _pairs(self, table: Table) -> Iterator[LabelledPair]:
+        images = _images_of(table)
+        for index, row in enumerate(table.rows(_columns(table, images))):
+            try:
+                pair = _pair(row, images, table, index)
+            except ValueError as error:
+                raise ValueError(f"{table.name}, row {index}: {error}") from error
             self.unlabelled += pair is None
             if pair is not None:
                 yield pair
@@ -91,7 +88,7 @@ def read_labelled(source: str | Path, images: str | Path | None = None, split: s
     folder = Path(images).expanduser() if images is not None else None
     place = Path(source).expanduser()
     if place.is_dir():
-        files = sorted(file for suffix in ("parquet", "arrow") for file in place.rglob(f"*.{suffix}"))
+        files = table_files(place, (".parquet", ".arrow"))
         if not files:
             raise ValueError(f"{place}: holds no .parquet or .arrow files; give the .json of a ranked set itself")
         return Labelled(str(source), files, folder, split)
@@ -104,57 +101,38 @@ def read_labelled(source: str | Path, images: str | Path | None = None, split: s
     raise FileNotFoundError(f"{place}: there is no such file or folder, and it is no data-set id like owner/name")
 
 
-def hub_rows(repository: str, split: str) -> Iterator[Mapping[str, Any]]:
-    """Rows of a data set as `datasets` streams them, images encoded as they are stored.
-
-    Raises what `datasets` raises when there is no such data set or split.
-    """
-    from datasets import Image, load_dataset
-
-    stream: Any = load_dataset(repository, split=split, streaming=True)
-    for name, feature in (stream.features or {}).items():
-        if isinstance(feature, Image):
-            stream = stream.cast_column(name, Image(decode=False))
-    yield from stream
+def _images_of(table: Table) -> tuple[str, str]:
+    """The columns of the two images. Raises ValueError when they are not there."""
+    for images in IMAGE_COLUMNS:
+        if set(images) <= set(table.columns):
+            return images
+    wanted = " or ".join(" and ".join(pair) for pair in IMAGE_COLUMNS)
+    raise ValueError(f"{table.name}: lacks {wanted}; it has {', '.join(sorted(table.columns))}")
 
 
-def _columns(present: Iterable[str], file: Path) -> list[str]:
-    """The columns to read. Raises ValueError when they are not those of a labelled set."""
-    names = list(present)
-    images = _images_of(names, file)
+def _columns(table: Table, images: tuple[str, str]) -> list[str]:
+    """All columns to read. Raises ValueError when they are not those of a labelled set."""
+    names = table.columns
     if missing := [name for name in ("caption", "label_0") if name not in names]:
-        raise ValueError(f"{file}: lacks {' and '.join(missing)}; it has {', '.join(names)}")
+        raise ValueError(f"{table.name}: lacks {' and '.join(missing)}; it has {', '.join(names)}")
     return ["caption", *images, "label_0", *(name for name in OPTIONAL_COLUMNS if name in names)]
 
 
-def _images_of(names: Iterable[str], file: Path) -> tuple[str, str]:
-    present = set(names)
-    for images in IMAGE_COLUMNS:
-        if present.issuperset(images):
-            return images
-    known = " or ".join(" and ".join(pair) for pair in IMAGE_COLUMNS)
-    raise ValueError(f"{file}: lacks {known}; it has {', '.join(sorted(present))}")
-
-
-def _pair(row: Mapping[str, Any], file: Path, index: int) -> LabelledPair | None:
+def _pair(row: Mapping[str, Any], images: tuple[str, str], table: Table, index: int) -> LabelledPair | None:
     """The pair of a row, None when it has no label."""
-    columns = _columns(row, file)
-    if row.get("has_label") is False or row.get("has_label") == 0 or row["label_0"] is None:
+    label = label_of(row)
+    if label is None:
         return None
-    label = float(row["label_0"])
-    if label not in (0.0, 0.5, 1.0):
-        raise ValueError(f"{file}, row {index}: label_0 is {label}, expected 0, 0.5 or 1")
-    prompt = row["caption"]
-    if not isinstance(prompt, str):
-        raise ValueError(f"{file}, row {index}: caption is {prompt!r}, expected text")
-    images = [image_source(row[name], file, index) for name in columns[1:3]]
-    group = row.get("prompt_id") or prompt_group(prompt)
-    return LabelledPair(row.get("pair_id") or f"{file.name}:{index}", group, prompt, images[0], images[1], label)
-
-
-def prompt_group(prompt: str) -> str:
-    """16 hex digits that are equal for equal prompts, composed and decomposed accents alike."""
-    return hashlib.sha256(unicodedata.normalize("NFC", prompt).strip().encode()).hexdigest()[:16]
+    prompt = caption_of(row["caption"])
+    first, second = (picture_of(row[name], table.folder) for name in images)
+    return LabelledPair(
+        id=row.get("pair_id") or f"{Path(table.name).name}:{index}",
+        prompt_id=row.get("prompt_id") or prompt_id(prompt),
+        prompt=prompt,
+        image_0=first,
+        image_1=second,
+        label_0=label,
+    )
 
 
 def ranked_pairs(path: Path, images: Path | None = None) -> Iterator[LabelledPair]:
@@ -162,10 +140,7 @@ def ranked_pairs(path: Path, images: Path | None = None) -> Iterator[LabelledPai
 
     Equal ranks are a tie. Raises ValueError, naming the record, for another format or a missing image.
     """
-    try:
-        records = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON: {error}") from error
+    records = load_json(path)
     if not isinstance(records, list):
         raise ValueError(f"{path}: must be a list of records with prompt, images and ranks")
     for index, record in enumerate(records):
@@ -180,14 +155,17 @@ def _ranked(record: Any, path: Path, index: int, images: Path | None) -> Iterato
         wanted = f"prompt, {' or '.join(RANKED_IMAGES)}, {' or '.join(RANKINGS)}"
         raise ValueError(f"{path}, record {index}: has {', '.join(keys) or 'no keys'}; expected {wanted}")
     if len(record[names]) != len(record[ranking]):
-        found = f"{len(record[names])} images and {len(record[ranking])} ranks"
-        raise ValueError(f"{path}, record {index}: has {found}")
+        counts = f"{len(record[names])} images and {len(record[ranking])} ranks"
+        raise ValueError(f"{path}, record {index}: has {counts}")
     goodness = [RANKINGS[ranking] * rank for rank in record[ranking]]
     files = [_image_file(name, path, images) for name in record[names]]
-    prompt, group = record["prompt"], prompt_group(record["prompt"])
+    prompt, group = record["prompt"], prompt_id(record["prompt"])
     for i, j in itertools.combinations(range(len(files)), 2):
         label = 0.5 * (1 + (goodness[i] > goodness[j]) - (goodness[i] < goodness[j]))
-        yield LabelledPair(f"{path.name}:{index}:{i}-{j}", group, prompt, files[i], files[j], label)
+        yield LabelledPair(
+            id=f"{path.name}:{index}:{i}-{j}", prompt_id=group, prompt=prompt, image_0=files[i], image_1=files[j],
+            label_0=label,
+        )  # fmt: skip
 
 
 def _image_file(name: str, path: Path, images: Path | None) -> Path:

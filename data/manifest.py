@@ -15,19 +15,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import pyarrow as pa
 
 from data.files import StrPath, file_sha256, write_json
-from data.rows import repeated_ids, row_problems
+from data.row_checks import repeated_ids, row_problems
 from data.schema import SCHEMA_VERSION, schema_difference
 from data.shards import ShardError, ShardRecord, batches_of, check_major, count_rows, open_shard, readable
 
 MANIFEST = "manifest.json"
-
-
 FORMAT = "rlaif-shards"
-
-
 Level = Literal["open", "checksum", "deep"]
-
-
 Splits: TypeAlias = Mapping[str, Sequence[ShardRecord]]
 
 
@@ -59,9 +53,8 @@ def make_manifest(records: Splits, config_hash: str, created_at: str) -> Manifes
     return Manifest(dataset_id, SCHEMA_VERSION, config_hash, created_at, splits)
 
 
-def write_manifest(folder: StrPath, records: Splits, config_hash: str, created_at: str) -> Path:
-    """Seal a folder whose shards are all published; refuse when one is absent or has another size."""
-    manifest = make_manifest(records, config_hash, created_at)
+def write_manifest(folder: StrPath, manifest: Manifest) -> Path:
+    """Seal a folder whose shards are all published. Raises ShardError when one is absent or has another size."""
     for shard in manifest.shards:
         _check_size(Path(folder), shard)
     splits = {split: _split_entry(shards) for split, shards in manifest.splits.items()}
@@ -82,19 +75,19 @@ def read_manifest(folder: StrPath) -> Manifest:
         way_out = "Rerun the flow to complete it."
         raise ShardError(f"{folder}: no {MANIFEST}; the data set is unfinished. {way_out}")
     try:
-        found = json.loads(path.read_text())
-        check_major(path, found["schema_version"])
-        return _parse_manifest(found)
+        content = json.loads(path.read_text())
+        check_major(path, content["schema_version"])
+        return _parse_manifest(content)
     except (KeyError, TypeError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
         way_out = "Delete the file and rerun the flow to seal the data set again."
         raise ShardError(f"{path}: found {error!r}; expected a {FORMAT} manifest. {way_out}") from error
 
 
-def _parse_manifest(found: dict[str, Any]) -> Manifest:
-    shards = {split: entry["shards"] for split, entry in found["splits"].items()}
+def _parse_manifest(content: dict[str, Any]) -> Manifest:
+    shards = {split: entry["shards"] for split, entry in content["splits"].items()}
     splits = {split: tuple(ShardRecord(**shard) for shard in shards[split]) for split in shards}
     names = ("dataset_id", "schema_version", "config_hash", "created_at")
-    return Manifest(**{name: found[name] for name in names}, splits=splits)
+    return Manifest(**{name: content[name] for name in names}, splits=splits)
 
 
 def verify(folder: StrPath, level: Level = "checksum") -> Manifest:
@@ -103,7 +96,7 @@ def verify(folder: StrPath, level: Level = "checksum") -> Manifest:
     open:     manifest, no stray shard, sizes, footers, row counts, schema version, one schema. Instant, and
               blind to changed bytes.
     checksum: and the sha256 of each file. Once per machine before training.
-    deep:     and each row: see `data.rows.row_problems`, and ids are unique. After writing, or in doubt.
+    deep:     and each row: see `data.row_checks.row_problems`, and ids are unique. After writing, or in doubt.
     """
     if level not in get_args(Level):
         raise ValueError(f"level is {level!r}, expected one of {get_args(Level)}")
@@ -119,15 +112,15 @@ def verify(folder: StrPath, level: Level = "checksum") -> Manifest:
 
 def _check_size(folder: Path, shard: ShardRecord) -> None:
     path = folder / shard.file
-    found = path.stat().st_size if path.exists() else None
-    if found != shard.bytes:
-        seen = "nothing" if found is None else f"{found} bytes"
+    size = path.stat().st_size if path.exists() else None
+    if size != shard.bytes:
+        seen = "nothing" if size is None else f"{size} bytes"
         raise ShardError(f"{path}: found {seen}, expected {shard.bytes} bytes. Delete it and rerun the flow.")
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
-    known = {shard.file for shard in manifest.shards}
-    if stray := sorted({path.name for path in folder.glob("[!.]*.arrow")} - known):
+    named = {shard.file for shard in manifest.shards}
+    if stray := sorted({path.name for path in folder.glob("[!.]*.arrow")} - named):
         raise ShardError(f"{folder / stray[0]}: found a shard that {MANIFEST} does not name. Move it away.")
     for shard in manifest.shards:
         _check_size(folder, shard)
@@ -141,14 +134,14 @@ def _check_footers(folder: Path, manifest: Manifest) -> None:
         first = first or reader.schema
         if difference := schema_difference(reader.schema, first):
             raise ShardError(f"{path}: {difference}, as in the first shard. Make the data set again.")
-        if (found := count_rows(path, reader)) != shard.rows:
-            raise ShardError(f"{path}: found {found} rows, {MANIFEST} says {shard.rows}. Rerun the flow.")
+        if (rows := count_rows(path, reader)) != shard.rows:
+            raise ShardError(f"{path}: found {rows} rows, {MANIFEST} says {shard.rows}. Rerun the flow.")
 
 
 def _check_sum(path: Path, shard: ShardRecord) -> None:
-    if (found := file_sha256(path)) != shard.sha256:
+    if (digest := file_sha256(path)) != shard.sha256:
         way_out = "The file changed after it was sealed. Delete it and rerun the flow."
-        raise ShardError(f"{path}: found sha256 {found}, expected {shard.sha256} by {MANIFEST}. {way_out}")
+        raise ShardError(f"{path}: found sha256 {digest}, expected {shard.sha256} by {MANIFEST}. {way_out}")
 
 
 def _check_rows(folder: Path, manifest: Manifest) -> None:

@@ -1,5 +1,6 @@
-"""Tables and values as Markdown, for the cards of data sets and models."""
+"""Values and tables as Markdown, for the cards of data sets and models. Foreign text stays text."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 NOT_RECORDED = "not recorded"
@@ -16,11 +17,12 @@ def text(value: object) -> str:
     return str(value)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of texts."""
+def cell(value: object) -> str:
+    """A JSON value in words on one line, which ends no cell of a table and opens no HTML."""
+    return re.sub(r"([\\|<])", r"\\\1", " ".join(text(value).splitlines()))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of values."""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(_escape(cell) for cell in line) + " |" for line in lines)
-
-
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")
+    return "\n".join("| " + " | ".join(cell(value) for value in line) + " |" for line in lines)

@@ -1,22 +1,19 @@
 """Prompt sets: read from anywhere, cleaned, split so that no evaluation prompt is ever trained on, and drawn."""
 
-import csv
-import json
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.hub import HubTable
 from data.ids import prompt_id
+from data.tables import Table, read_table
 
 COLUMNS = ("prompt", "caption", "text", "Prompt", "TEXT")
-
-
 SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".arrow")
-
-
+HUB_SOURCE = re.compile(r"([\w.-]+/[\w.-]+)(?::(\w+))?(?:\[(\w+)\])?")
 Prompts = dict[str, str]
 """Prompt texts by their stable id."""
 
@@ -29,7 +26,10 @@ def read_prompts(source: str, parameter: str = "prompts") -> Prompts:
     the hub an optional '[split]' (default train).
     Raises ValueError, naming `parameter`, when it cannot be read or holds no prompt.
     """
-    texts = _read(source, parameter)
+    try:
+        texts = _texts(source)
+    except ValueError as error:
+        raise ValueError(f"{parameter}={source!r}: {error}") from error
     cleaned = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
     if not cleaned:
         raise ValueError(f"{parameter}={source!r} holds no prompt")
@@ -39,86 +39,34 @@ def read_prompts(source: str, parameter: str = "prompts") -> Prompts:
     return dict(sorted(by_id.items()))
 
 
-def _read(source: str, parameter: str) -> Iterable[Any]:
-    path, column = _file_and_column(source)
-    if path is not None:
-        if not path.is_file():
-            raise ValueError(f"{parameter}={source!r}: no such file")
-        try:
-            rows = _read_file(path)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{parameter}={source!r} cannot be read: {error}") from error
-        return _column(rows, column, f"{parameter}={source!r}")
-    return _read_hub(source, parameter)
+def _texts(source: str) -> list[Any]:
+    """What stands in the column of the prompts, text or not."""
+    table, column = _table(source)
+    name = _column(table.text_columns, column)
+    return [row[name] for row in table.rows([name])]
 
 
-def _file_and_column(source: str) -> tuple[Path | None, str | None]:
+def _table(source: str) -> tuple[Table, str | None]:
+    """The table that a source names, and the column, None = it names none."""
     name, colon, column = source.rpartition(":")
     for path, chosen in ((source, None), (name, column)) if colon else ((source, None),):
         if Path(path).suffix.lower() in SUFFIXES:
-            return Path(path), chosen
-    return None, None
+            if not Path(path).is_file():
+                raise ValueError("no such file")
+            return read_table(Path(path)), chosen
+    if match := HUB_SOURCE.fullmatch(source):
+        return HubTable(match[1], match[3] or "train", streamed=False), match[2]
+    raise ValueError(f"this is neither a file ({', '.join(SUFFIXES)}) nor a hub data set 'owner/name:column'")
 
 
-def _read_file(path: Path) -> list[Any]:
-    kind = path.suffix.lower()
-    if kind == ".txt":
-        return path.read_text().splitlines()
-    if kind == ".json":
-        rows = json.loads(path.read_text())
-        return rows if isinstance(rows, list) else [rows]
-    if kind == ".jsonl":
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    if kind == ".csv":
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    return _read_table(path)
-
-
-def _read_table(path: Path) -> list[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if path.suffix.lower() == ".parquet":
-        schema, read = pq.read_schema(path), lambda names: pq.read_table(path, columns=names)
-    else:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        schema, read = reader.schema, lambda names: reader.read_all().select(names)
-    names = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)]
-    rows: list[Any] = read(names).to_pylist()
-    return rows
-
-
-def _column(rows: list[Any], column: str | None, where: str) -> Iterable[Any]:
-    """The prompts of rows that are strings or objects; None = the first of COLUMNS that is there, or the only one."""
-    if not rows or isinstance(rows[0], str):
-        return rows
-    names = list(rows[0])
-    candidates = [column] if column else [*COLUMNS, *(names if len(names) == 1 else [])]
-    for name in candidates:
+def _column(names: Sequence[str], column: str | None) -> str:
+    """The column of the prompts; None = the first of COLUMNS that is there, or the only one."""
+    wanted = [column] if column else [*COLUMNS, *(names if len(names) == 1 else [])]
+    for name in wanted:
         if name in names:
-            return [row.get(name) for row in rows]
-    asked = f"no column {column!r}" if column else f"no column named {', '.join(COLUMNS[:3])}"
-    raise ValueError(f"{where}: {asked}; there are {', '.join(names)}; choose one with '<source>:<column>'")
-
-
-def _read_hub(source: str, parameter: str) -> Iterable[Any]:
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::(\w+))?(?:\[(\w+)\])?", source)
-    if not match:
-        raise ValueError(
-            f"{parameter}={source!r} is neither a file ({', '.join(SUFFIXES)}) nor a hub data set 'owner/name:column'"
-        )
-    from datasets import load_dataset
-
-    name, column, split = match.groups()
-    try:
-        rows = load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises a dozen unrelated kinds; all mean the same to the user
-        raise ValueError(f"{parameter}={source!r}: the hub data set cannot be loaded: {error}") from error
-    chosen = column or next((c for c in COLUMNS if c in rows.column_names), None)
-    if chosen not in rows.column_names:
-        raise ValueError(f"{parameter}={source!r}: no column {column!r}; there are {', '.join(rows.column_names)}")
-    return list(rows[chosen])
+            return name
+    lacking = f"no column {column!r}" if column else f"no column named {', '.join(COLUMNS[:3])}"
+    raise ValueError(f"{lacking}; there are {', '.join(names) or 'none'}; choose one with '<source>:<column>'")
 
 
 def split_prompts(prompts: Prompts, evaluation: Prompts | None) -> tuple[Prompts, Prompts]:

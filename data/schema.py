@@ -1,6 +1,6 @@
-"""Columns of candidate, score and preference shards, the ids of their rows, and what a sound row is.
+"""Columns of candidate, score and preference shards, their types, and what they mean.
 
-Knows names, types, hashes and meanings. Knows nothing of files (see `shards`), of models, or of how a
+Knows names, types and meanings. Knows nothing of files (see `data.shards`), of models, or of how a
 label is decided.
 
 The meaning of a label, once for the whole project: `label_0` is 1 when side 0 won, 0 when side 1 won,
@@ -18,8 +18,6 @@ from data.ids import canonical_json, score_column, scorer_slug
 
 SCHEMA_VERSION = "1.2"
 """major.minor. A minor step only adds nullable columns; a reader refuses any other major number."""
-
-
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 """The storage of `datasets.Image`. Fields of this type stay nullable: `datasets` compares whole fields and
 silently falls back to a plain dict when nullability differs."""

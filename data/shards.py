@@ -3,26 +3,20 @@
 Knows nothing of models, scorers or the flow that calls it. What makes a folder of shards a data set: `data.manifest`.
 """
 
-import bisect
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import numpy as np
 import pyarrow as pa
 
-from data.columns import latents
 from data.files import StrPath, file_sha256, published
 from data.schema import check_version, column_difference, read_metadata, schema_difference
 
 BATCH_ROWS = 64
 """Rows per record batch: bounds the writer's memory; random access is equally fast from 8 to 480."""
-
-
 Batches: TypeAlias = Iterable[pa.RecordBatch] | pa.Table
 
 
@@ -89,14 +83,15 @@ def adopt_shard(path: StrPath, schema: pa.Schema | None, rows: int | None = None
     way_out = "Another plan wrote it: delete the file, or use a new cycle."
     if schema is not None and (difference := schema_difference(reader.schema, schema)):
         raise ShardError(f"{path}: {difference}. {way_out}")
-    found = count_rows(path, reader)
-    if rows is not None and found != rows:
-        raise ShardError(f"{path}: found {found} rows, expected {rows}. {way_out}")
-    return _record(path, found)
+    count = count_rows(path, reader)
+    if rows is not None and count != rows:
+        raise ShardError(f"{path}: found {count} rows, expected {rows}. {way_out}")
+    return _record(path, count)
 
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
+    """Raise ShardError, naming the file, for what Arrow and the disk say of a damaged one."""
     try:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -114,6 +109,7 @@ def open_shard(path: StrPath) -> pa.ipc.RecordBatchFileReader:
 
 
 def check_major(path: StrPath, version: object) -> None:
+    """Raise ShardError, naming the file, when its schema version is one that this code cannot know."""
     try:
         check_version(version)
     except ValueError as error:
@@ -121,6 +117,7 @@ def check_major(path: StrPath, version: object) -> None:
 
 
 def count_rows(path: Path, reader: pa.ipc.RecordBatchFileReader) -> int:
+    """How many rows an open shard has; none is read."""
     with readable(path):
         return int(reader.count_rows())
 
@@ -135,50 +132,8 @@ def read_shard(path: StrPath, columns: Sequence[str] | None = None) -> pa.Table:
         return reader.read_all().select(names)
 
 
-class ShardRows:
-    """Random access to the rows of one shard.
-
-    Pickles as its path: a mapping cannot travel to a worker, and a record batch would travel as a copy.
-    """
-
-    def __init__(self, path: StrPath) -> None:
-        self.path = Path(path)
-        reader = open_shard(self.path)
-        self.schema: pa.Schema = reader.schema
-        with readable(self.path):  # opening a batch costs ten times what reading a row of it does
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self._ends = list(itertools.accumulate(batch.num_rows for batch in self._batches))
-
-    def __reduce__(self) -> tuple[type["ShardRows"], tuple[Path]]:
-        return type(self), (self.path,)
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def row(self, index: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
-        """One row; latents and embeddings as read-only float16 views, images as {"bytes", "path"}."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.path}: row {index} asked, the shard has rows 0 to {len(self) - 1}")
-        which = bisect.bisect_right(self._ends, index)
-        batch = self._batches[which]
-        local = index - self._ends[which] + batch.num_rows
-        names = self.schema.names if columns is None else columns
-        return {name: _cell(batch.column(name), local) for name in names}
-
-    def column_array(self, name: str) -> np.ndarray:
-        """A whole column as numpy: latents as (row, value), nulls of number columns as NaN."""
-        kind = self.schema.field(name).type
-        column = pa.chunked_array([batch.column(name) for batch in self._batches], kind)
-        return latents(column) if pa.types.is_fixed_size_list(kind) else column.to_numpy()
-
-
-def _cell(column: pa.Array, row: int) -> Any:
-    if pa.types.is_fixed_size_list(column.type):
-        return latents(column.slice(row, 1))[0]
-    return column[row].as_py()
-
-
 def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a shard, BATCH_ROWS at a time."""
     reader = open_shard(path)
     for index in range(reader.num_record_batches):
         yield reader.get_batch(index)

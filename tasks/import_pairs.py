@@ -1,13 +1,11 @@
 """Turns human preference data into a sealed folder of preference shards for one base model, shard by shard."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +13,14 @@ from typing import Any
 import pyarrow as pa
 from prefect import task
 
-from data.card import dataset_card
-from data.files import write_json, write_text
-from data.human import HumanData, Row, human_data
-from data.ids import canonical_json
-from data.manifest import MANIFEST, make_manifest, read_manifest, write_manifest
-from data.preferences import Counts
+from data.files import write_json
+from data.human import Counts, HumanData, human_data
+from data.ids import json_sha256
+from data.manifest import MANIFEST, read_manifest
 from data.schema import read_metadata
-from data.shards import ShardRecord, adopt_shard, read_shard, write_shard
+from data.sealing import seal
+from data.shards import ShardRecord, adopt_shard, open_shard, write_shard
+from data.tables import Row
 from tasks.progress import progress
 from tasks.record.recipe import ParameterError, Recipe
 from training.model.devices import resolve_device
@@ -68,7 +66,7 @@ class Import:
             "max_pairs": self.max_pairs,
             "rows_per_shard": self.rows_per_shard,
         }  # fmt: skip
-        return known | {"config_hash": hashlib.sha256(canonical_json(known).encode()).hexdigest()[:16]}
+        return known | {"config_hash": json_sha256(known)[:16]}
 
     @property
     def config_hash(self) -> str:
@@ -123,7 +121,9 @@ def import_pairs(job: Import) -> Path:
             advance(counts.rows, f"{total.pairs} pairs")
     if not total.pairs:
         raise ParameterError(f"pairs={job.source!r}: no pair remains; {total.text()}")
-    _seal(job, records, metadata, total)
+    write_json(job.folder / "counts.json", dataclasses.asdict(total))
+    told = read_metadata(open_shard(job.shard(0)).schema) | metadata | {"counts": total.text()}
+    seal(job.folder, {"train": records}, job.config_hash, told)
     log.info("%s: %s", job.source, total.text())
     return job.folder
 
@@ -173,13 +173,3 @@ def _write_shard(
     except ValueError as error:
         first = index * job.rows_per_shard
         raise ParameterError(f"pairs={job.source!r}: rows {first} to {first + len(rows) - 1}: {error}") from error
-
-
-def _seal(job: Import, records: list[ShardRecord], metadata: dict[str, Any], total: Counts) -> None:
-    """Card first, manifest last: its existence says that the folder is complete."""
-    splits, created = {"train": records}, datetime.now(UTC).isoformat(timespec="seconds")
-    shapes = read_metadata(read_shard(job.shard(0)).schema)
-    card = {**shapes, **metadata, "counts": total.text()}
-    write_text(job.folder / "README.md", dataset_card(make_manifest(splits, job.config_hash, created), card))
-    write_json(job.folder / "counts.json", dataclasses.asdict(total))
-    write_manifest(job.folder, splits, job.config_hash, created)

@@ -7,12 +7,12 @@ module does not load torch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data.files import file_sha256
 from data.hub import is_hub_id
 from scoring.scorers.checkpoints import load_weights
 from scoring.scorers.images import Images
@@ -204,6 +204,6 @@ def _head_folder(source: ScorerSource) -> Snapshot:
 
 def _check_digest(path: Path, expected: str) -> None:
     """Raises ScoringError unless a file is the published one: who owns the copy is not who made the head."""
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = file_sha256(path)
     if found != expected:
         raise ScoringError(f"{path}: is not the published head, its sha256 is {found} instead of {expected}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from data.files import file_sha256
 from data.hub import is_hub_id
 
 log = logging.getLogger(__name__)
@@ -110,8 +111,7 @@ def _state(path: Path) -> tuple[int, int]:
 
 @lru_cache(maxsize=256)  # weights have gigabytes, and several scorers of a run may share them
 def _sha256(path: Path, _size: int, _modified: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(path)
 
 
 def fingerprint(files: Iterable[Path], **facts: str) -> str:

@@ -8,7 +8,6 @@ figures. torch is loaded by scorers only.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import logging
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.ids import image_uid
 from data.labelled import LabelledPair, read_labelled
 from data.pictures import open_image
 from scoring.labels.combine import order
@@ -129,7 +129,7 @@ def _batches(pairs: Iterable[LabelledPair], size: int) -> Iterator[list[Labelled
 
 
 def _key(prompt: str, image: bytes | Path) -> tuple[str, str]:
-    return prompt, hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image)
+    return prompt, image_uid(image) if isinstance(image, bytes) else str(image)
 
 
 def _opened(pair: LabelledPair, image: bytes | Path) -> np.ndarray:

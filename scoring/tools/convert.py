@@ -9,9 +9,6 @@ torch.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.files import file_sha256
+from data.safetensors_file import save_tensors
 from scoring.scorers.checkpoints import load_weights
 from scoring.scorers.scorer import ScoringError
 
@@ -51,11 +50,11 @@ def convert(
     for a wrong argument, FileExistsError, and FileNotFoundError.
     """
     _check(source, target, revision, force)
-    digest = _sha256(source)
+    digest = file_sha256(source)
     weights = _separated(load_weights(source))
     facts = {"source_file": source.name, "source_sha256": digest, "repository": repository, "revision": revision}
-    _write(weights, target, {"format": "pt", **{name: value for name, value in facts.items() if value}})
-    return Conversion(len(weights), digest, _sha256(target))
+    save_tensors(weights, target, {"format": "pt", **{name: value for name, value in facts.items() if value}})
+    return Conversion(len(weights), digest, file_sha256(target))
 
 
 def _check(source: Path, target: Path, revision: str | None, force: bool) -> None:
@@ -85,46 +84,6 @@ def _contiguous() -> torch.memory_format:
     import torch
 
     return torch.contiguous_format
-
-
-def _write(weights: Mapping[str, torch.Tensor], target: Path, metadata: dict[str, str]) -> None:
-    """Beside the target first, then renamed, so that a crash leaves no half of a file under the target's name."""
-    from safetensors.torch import save_file
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        save_file(dict(weights), part, metadata=metadata)
-        _sort_metadata(part)
-        _flush(part)
-        part.replace(target)
-        _flush(target.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _sort_metadata(path: Path) -> None:
-    """safetensors writes metadata in random order; equal conversions have to be equal files, with equal digests."""
-    with path.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

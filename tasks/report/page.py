@@ -17,7 +17,7 @@ from data.columns import trainable
 from data.ids import score_column
 from data.manifest import read_manifest
 from data.schema import read_metadata
-from data.shards import ShardRows, read_shard
+from data.shards import read_shard
 from scoring.labels.expressions import leaves
 from scoring.scorers.scorer import ScorerInfo
 from scoring.verdict.pair_statistics import clustered_interval
@@ -141,8 +141,9 @@ def comparison(cycle: PlannedCycle, judged: dict[str, Judged], row: int) -> Comp
 def stored(cycle: PlannedCycle, part: Part, row: int) -> tuple[str, bytes]:
     """(prompt, encoded picture) of one held-out prompt; only its row is read."""
     shard, local = divmod(row, cycle.prompts_per_shard(part))
-    picture_row = ShardRows(cycle.part(part).candidates(shard)).row(local, ["caption", "image"])
-    return picture_row["caption"], picture_row["image"]["bytes"]
+    candidates = read_shard(cycle.part(part).candidates(shard), ["caption", "image"])
+    stored_row = candidates.slice(local, 1).to_pylist()[0]
+    return stored_row["caption"], stored_row["image"]["bytes"]
 
 
 def data_section(cycle: PlannedCycle) -> dict[str, Any]:

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data.hub import HubTable
 from data.ids import prompt_id
-from data.labelled import LabelledPair, hub_rows, prompt_group, read_labelled
+from data.labelled import LabelledPair, read_labelled
 from data.pictures import open_image
 from data.schema import pair_schema
 
@@ -86,13 +87,15 @@ def test_a_data_set_as_the_hub_streams_it(data: list[bytes], tmp_path: Path) -> 
     (tmp_path / "set").mkdir()
     pq.write_table(pickapic(data), tmp_path / "set" / "test.parquet")
     labelled = read_labelled("owner/name")
-    rows = list(hub_rows(str(tmp_path / "set"), "test"))
-    assert seen(list(labelled._pairs(iter(rows), Path("owner/name")))) == EXPECTED and labelled.unlabelled == 1
+    labelled.name = str(tmp_path / "set")
+    assert seen(list(labelled)) == EXPECTED and labelled.unlabelled == 1
     feature = Features({"caption": Value("string"), "image_0": ImageFeature()}).arrow_schema
     table = pa.table({"caption": ["x"], "image_0": [{"bytes": data[3], "path": None}]}, schema=feature)
     (tmp_path / "other").mkdir()
     pq.write_table(table, tmp_path / "other" / "test.parquet")
-    assert next(iter(hub_rows(str(tmp_path / "other"), "test")))["image_0"]["bytes"] == data[3]
+    assert next(HubTable(str(tmp_path / "other"), "test").rows(["image_0"])) == {
+        "image_0": {"bytes": data[3], "path": None}
+    }
 
 
 def test_shards_of_this_project(data: list[bytes], tmp_path: Path) -> None:
@@ -115,11 +118,6 @@ def test_shards_of_this_project(data: list[bytes], tmp_path: Path) -> None:
     assert seen(pairs) == [("a cat", 0, 75, 1.0), ("a cat", 50, 125, 0.0)] and labelled.unlabelled == 1
     assert [pair.id for pair in pairs] == ["pair0", "pair2"]
     assert {pair.prompt_id for pair in pairs} == {prompt_id("a cat")}
-
-
-def test_prompt_groups_are_the_prompt_ids_of_this_project() -> None:
-    for prompt in ("a cat", " cafe\u0301\n", "caf\u00e9", ""):
-        assert prompt_group(prompt) == prompt_id(prompt)
 
 
 def ranked(tmp_path: Path, name: str, records: Any) -> Path:

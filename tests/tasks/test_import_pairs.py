@@ -11,52 +11,20 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-from pyarrow import parquet
 
 from data.export import PICKAPIC, export_pickapic
-from data.human import LocalData, human_data, stream_rows
+from data.hub import HubTable
+from data.human import HumanData, human_data, read_pair
 from data.manifest import read_manifest, verify
-from data.preferences import decision, fit, read_pair
 from data.schema import read_metadata
 from data.shards import ShardError, read_shard
 from tasks.import_pairs import Import, import_pairs, plan_import
 from tasks.record.recipe import ParameterError, resolve
+from tests.data.human_world import ROWS, row, save
 from tests.families import FamilyBases
 from training.loop.dataset import PreferencePairs
 
 GIVEN = ("caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label", "are_different", "model_0", "model_1")
-
-
-def encoded(seed: int, size: tuple[int, int] = (48, 40), kind: str = "PNG") -> bytes:
-    """A smooth random picture, (height, width)."""
-    rng, buffer = np.random.default_rng(seed), io.BytesIO()
-    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-    small.resize(size[::-1], Image.Resampling.BICUBIC).save(buffer, kind)
-    return buffer.getvalue()
-
-
-def row(index: int, **changes: object) -> dict[str, object]:
-    """A row of Pick-a-Pic; winners on either side, captions shared by two rows."""
-    values: dict[str, object] = {
-        "caption": f"picture {index // 2}", "jpg_0": encoded(2 * index, kind="JPEG"),
-        "jpg_1": encoded(2 * index + 1, (36, 64)), "label_0": float(index % 2), "label_1": 1.0 - index % 2,
-        "has_label": True, "are_different": True, "model_0": "a", "model_1": "b", "image_0_uid": "x",
-        "image_1_uid": "y",
-    }  # fmt: skip
-    return values | changes
-
-
-def save(path: Path, rows: list[dict[str, object]], schema: pa.Schema = PICKAPIC) -> Path:
-    parquet.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=7)
-    return path
-
-
-ROWS = [row(index) for index in range(24)]
-ROWS[3] = row(3, label_0=0.5, label_1=0.5)
-ROWS[4] = row(4, has_label=False, label_0=None, label_1=None)
-ROWS[9] = row(9, label_0=0.5, label_1=0.5)
-ROWS[10] = row(10, jpg_1=encoded(20, kind="JPEG"), are_different=False)
-ROWS[15] = row(15, jpg_1=encoded(5)[:60])
 
 
 @pytest.fixture
@@ -138,19 +106,6 @@ def test_encoders_without_their_network_encode_as_the_whole_pipeline(tmp_path: P
     assert sizes.field("pooled_embedding").type.list_size == expected.pooled.shape[1]
 
 
-def test_a_picture_is_covered_cropped_and_told_of() -> None:
-    wide = np.zeros((50, 200, 3), np.uint8)
-    wide[:, 75:125] = 255  # what a square crop in the middle shows
-    pixels, time_ids = fit(Image.fromarray(wide), 32, 32)
-    assert time_ids == [50, 200, 0, 48, 32, 32] and pixels.shape == (32, 32, 3)
-    assert (pixels[:, 2:-2] > 250).all()
-    pixels, time_ids = fit(Image.fromarray(wide.transpose(1, 0, 2)), 32, 64)
-    assert time_ids == [200, 50, 112, 0, 32, 64] and pixels.shape == (32, 64, 3)
-    stripes = np.repeat(np.arange(512) % 2 * 255, 3).reshape(1, 512, 3).astype(np.uint8).repeat(512, 0)
-    grey = fit(Image.fromarray(stripes), 64, 64)[0]
-    assert abs(grey.astype(float) - 127.5).max() < 10, "shrunk without smoothing, stripes stay black or white"
-
-
 def test_swapped_labels_swap_winner_and_loser(job: Import, tiny_preset: Path, tmp_path: Path) -> None:
     swapped = [{**each, "label_0": each["label_1"], "label_1": each["label_0"]} for each in ROWS]
     (tmp_path / "other").mkdir()
@@ -200,8 +155,7 @@ def test_the_first_so_many_pairs(job: Import, tiny_preset: Path, tmp_path: Path)
 
 
 def test_any_source_gives_the_same_rows(job: Import, tmp_path: Path) -> None:
-    """Parquet, both Arrow formats, `datasets` pictures, and a hub stream; from any row on."""
-    from datasets import load_dataset
+    """Parquet, both Arrow formats, `datasets` pictures, and a stream as from the hub; from any row on."""
 
     def seen(rows: object) -> list[tuple[object, ...]]:
         return [tuple(each[name] for name in GIVEN) for each in rows]
@@ -212,14 +166,17 @@ def test_any_source_gives_the_same_rows(job: Import, tmp_path: Path) -> None:
     for name, writer in (("file", pa.ipc.new_file), ("stream", pa.ipc.new_stream)):
         with writer(tmp_path / f"arrow/{name}.arrow", table.schema) as out:
             out.write_table(table)
-    files = [str(path) for path in job.data.files]
-    stream = load_dataset("parquet", data_files=files, split="train", streaming=True, cache_dir=str(tmp_path / "c"))
+    (tmp_path / "hub").mkdir()
+    for path in job.data.source.files:
+        shutil.copy(path, tmp_path / "hub" / f"train-{path.name}")
+    stream = HumanData(HubTable(str(tmp_path / "hub"), "train"))
+    assert stream.source.columns == table.column_names
     for start in (0, 5, 7, 10, 13, 23, 24, 30):
         assert seen(job.data.rows(start)) == expected[start:]
-        assert seen(stream_rows(stream, start)) == expected[start:]
+        assert seen(stream.rows(start)) == expected[start:]
         for name in ("file", "stream"):
             data = human_data(str(tmp_path / f"arrow/{name}.arrow"))
-            assert isinstance(data, LocalData) and data.count() == 24 and seen(data.rows(start)) == expected[start:]
+            assert data.count() == 24 and seen(data.rows(start)) == expected[start:]
     as_struct = row(0, jpg_0={"bytes": ROWS[0]["jpg_0"], "path": None})
     pair, plain = read_pair(as_struct, 0, 32, 32), read_pair(ROWS[0], 0, 32, 32)
     assert pair is not None and plain is not None and pair.files == plain.files
@@ -231,29 +188,6 @@ def test_what_we_export_can_be_imported(job: Import, tiny_preset: Path, tmp_path
     again = table_of(import_pairs.fn(planned(tiny_preset, tmp_path, source)))
     names = ["caption", "image_0_uid", "image_1_uid", "label_0", "latent_0", "latent_1", "prompt_embedding"]
     assert again.select(names).to_pylist() == table_of(folder).select(names).to_pylist()
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, "labelled"),
-        ({"label_1": None, "has_label": None, "are_different": None}, "labelled"),
-        ({"label_0": 0.5, "label_1": 0.5}, "ties"),
-        ({"label_0": float("nan")}, "unlabelled"),
-        ({"has_label": False}, "unlabelled"),
-        ({"label_0": 1.0, "label_1": 1.0}, "unlabelled"),
-        ({"jpg_1": ROWS[0]["jpg_0"]}, "identical"),
-    ],
-)
-def test_what_a_row_says(changes: dict[str, object], expected: str) -> None:
-    assert decision(row(0, **changes)) == expected
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"no picture", encoded(1)[:100], b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"]
-)
-def test_broken_and_dangerous_files_are_no_pictures(data: bytes) -> None:
-    assert read_pair(row(0, jpg_1=data), 0, 32, 32) is None
 
 
 def test_bad_sources_are_refused_before_a_model_is_loaded(

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
-from data.columns import latent_column
-from data.ids import image_uid, pair_id
-from data.manifest import write_manifest
-from data.schema import IMAGE, pair_schema
+from data.manifest import make_manifest, write_manifest
+from data.preference_rows import Pairs, Side, preference_table
+from data.schema import pair_schema
 from data.shards import write_shard
 from tests.tiny import save_pipeline
 from training.adapter.lora import Lora
@@ -49,49 +47,41 @@ def save_pairs(
     )
     records = []
     for index in range(shards):
-        columns = _columns(rng, count // shards, index, shapes)
-        if not soft:
-            columns |= {f"soft_label_{side}": pa.nulls(count // shards, pa.float32()) for side in (0, 1)}
-        table = pa.table(columns).select(schema.names).cast(schema)
-        records.append(write_shard(folder / f"{index:05d}-of-{shards:05d}.arrow", table, schema))
-    write_manifest(folder, {"train": records}, "test", "2026-01-01T00:00:00+00:00")
+        rows = preference_table(_pairs(rng, count // shards, index, shapes, soft), schema)
+        records.append(write_shard(folder / f"{index:05d}-of-{shards:05d}.arrow", rows, schema))
+    write_manifest(folder, make_manifest({"train": records}, "test", "2026-01-01T00:00:00+00:00"))
     return folder
 
 
-def _columns(rng: np.random.Generator, rows: int, shard: int, shapes: Shapes) -> dict[str, object]:
+def _pairs(rng: np.random.Generator, rows: int, shard: int, shapes: Shapes, soft: bool) -> Pairs:
     images = [[picture(rng) for _ in range(rows)] for _ in range(2)]
     winner = rng.integers(0, 2, rows)
     sure = np.linspace(0.6, 0.95, rows)  # P(winner preferred)
-    columns: dict[str, object] = {
-        "pair_id": [pair_id(f"{shard}-{row}", 0, 1, "m", "m", "c") for row in range(rows)],
-        "prompt_id": [f"{shard}-{row}" for row in range(rows)],
-        "caption": [f"a picture of {shard} {row} things" for row in range(rows)],
-        "prompt_embedding": latent_column(rng.normal(size=(rows, *shapes.embedding))),
-        "has_label": [True] * rows,
-        "are_different": [True] * rows,
-        "margin": pa.array(np.linspace(0.5, 3.5, rows), pa.float32()),
-        "config_hash": ["c"] * rows,
-    }
-    for side in (0, 1):
-        columns |= {
-            f"image_{side}": pa.array([{"bytes": data, "path": None} for data in images[side]], IMAGE),
-            f"image_{side}_uid": [image_uid(data) for data in images[side]],
-            f"latent_{side}": latent_column(rng.normal(size=(rows, *shapes.latent))),
-            f"seed_{side}": [side] * rows,
-            f"model_{side}": ["m"] * rows,
-            f"label_{side}": pa.array((winner == side).astype(np.float32)),
-            f"soft_label_{side}": pa.array(np.where(winner == side, sure, 1 - sure).astype(np.float32)),
-        }
-    if shapes.pooled:
-        columns["pooled_embedding"] = latent_column(rng.normal(size=(rows, shapes.pooled)))
-    if shapes.time_ids:
-        columns |= {f"time_ids_{side}": _time_ids(rng, rows) for side in (0, 1)}
-    return columns
-
-
-def _time_ids(rng: np.random.Generator, rows: int) -> pa.Array:
-    """Some size and crop for each picture."""
-    return pa.array(rng.integers(0, 1024, (rows, 6)).tolist(), pa.list_(pa.int32(), 6))
+    embeddings = rng.normal(size=(rows, *shapes.embedding))
+    latents = [rng.normal(size=(rows, *shapes.latent)) for _ in range(2)]
+    pooled = rng.normal(size=(rows, shapes.pooled)) if shapes.pooled else None
+    time_ids = [rng.integers(0, 1024, (rows, 6)).tolist() if shapes.time_ids else None for _ in range(2)]
+    sides = [
+        Side(
+            images=images[side],
+            latents=latents[side],
+            seeds=[side] * rows,
+            models=["m"] * rows,
+            time_ids=time_ids[side],
+        )
+        for side in (0, 1)
+    ]
+    return Pairs(
+        prompt_ids=[f"{shard}-{row}" for row in range(rows)],
+        captions=[f"a picture of {shard} {row} things" for row in range(rows)],
+        sides=(sides[0], sides[1]),
+        label_0=[float(side == 0) for side in winner],
+        soft_label_0=np.where(winner == 0, sure, 1 - sure).tolist() if soft else None,
+        margins=np.linspace(0.5, 3.5, rows),
+        config_hashes=["c"] * rows,
+        prompt_embeddings=embeddings,
+        pooled_embeddings=pooled,
+    )
 
 
 def make_plan(folder: Path, shapes: Shapes | None = None, **changes: object) -> TrainingPlan:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data.safetensors_file import read_metadata
+from data.safetensors_file import read_header
 from training.adapter.layers import CONFIG, Layer, peft_state, read_layers
 from training.adapter.shape import adapted_encoders
 from training.model.reference import ADAPTER_FILE, ModelError
@@ -52,7 +52,7 @@ def add_tuned(encoder: torch.nn.Module, part: str, file: Path, names: Sequence[s
     from safetensors.torch import load_file
 
     state = {name: tensor for name, tensor in load_file(file).items() if name.startswith(f"{part}.")}
-    layers = read_layers(state, json.loads(read_metadata(file).get(CONFIG, "{}")), part)
+    layers = read_layers(state, json.loads(read_header(file).get(CONFIG, "{}")), part)
     if not hasattr(encoder, PREFIX.rstrip(".")):
         layers = [replace(layer, name=layer.name.removeprefix(PREFIX)) for layer in layers]
     own = {name.removeprefix(f"{part}."): tensor for name, tensor in peft_state(layers).items()}

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.safetensors_file import read_metadata, save_tensors
+from data.safetensors_file import read_header, save_tensors
 from training.adapter.kohya_keys import KohyaKeys
 from training.adapter.layers import CONFIG, Layer, Tensors, read_layers
 from training.model.families import FAMILIES, family_for
@@ -68,7 +68,7 @@ def write_kohya(adapter: Path, target: Path, base: Base, title: str = "", dtype:
     import torch
     from safetensors.torch import load_file
 
-    told = read_metadata(adapter)
+    told = read_header(adapter)
     layers = read_layers(load_file(adapter), json.loads(told.get(CONFIG, "{}")), base.family.network)
     state = to_kohya(layers, base)
     if dtype is not None:

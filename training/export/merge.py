@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import publish_folder
-from data.safetensors_file import read_metadata
+from data.safetensors_file import read_header
 from training.adapter.layers import CONFIG, peft_state, read_layers
 from training.model.families import family_for, family_of
 from training.model.loading import quiet_libraries
@@ -65,7 +65,7 @@ def fuse(pipeline: "DiffusionPipeline", adapter: Path) -> None:
     """Add a LoRA file to the weights of the networks that it belongs to, for good."""
     from safetensors.torch import load_file
 
-    config = json.loads(read_metadata(adapter).get(CONFIG, "{}"))
+    config = json.loads(read_header(adapter).get(CONFIG, "{}"))
     network = family_of(pipeline).network
     layers = read_layers(load_file(adapter), config, network)
     # All layers under PEFT's names: where a file mixes naming schemes, diffusers leaves layers out.

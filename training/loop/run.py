@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.files import publish_folder
-from data.safetensors_file import add_metadata
+from data.safetensors_file import add_to_header
 from training.adapter.shape import check_text_encoders
 from training.loop.checkpoint import CheckpointRecord, Tensors, load_state, save_state, weights_sha256
 from training.loop.dataset import PairBatch, positions_of_step, share_of
@@ -251,4 +251,4 @@ class Run:
                 model=plan.model, loss=training.loss, beta=training.beta, kappa=kappa_of(training.beta),
                 steps=training.steps, pairs=Path(plan.pairs), version=plan.version,
             )  # fmt: skip
-            add_metadata(file, header)
+            add_to_header(file, header)

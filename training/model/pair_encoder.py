@@ -1,6 +1,5 @@
 """Imported preference rows as rows of our own shards: with latents and embeddings by the base model's encoders."""
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -8,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from data.columns import latent_column
-from data.ids import canonical_json, image_uid, prompt_id
-from data.preferences import Counts, HumanPair, decision, read_pair
-from data.schema import IMAGE, pair_schema
+from data.human import Counts, HumanPair, decision, read_pair
+from data.ids import image_uid, imported_pair_id, prompt_id
+from data.preference_rows import Pairs, Side, preference_table
+from data.schema import pair_schema
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -39,8 +38,9 @@ class PairEncoder:
         shapes = {"latent": {"shape": list(latent)}, "embedding": {"shape": list(prompt.tokens.shape[1:])}}
         pooled = None if prompt.pooled is None else prompt.pooled.shape[1]
         return pair_schema(
-            math.prod(latent), prompt.tokens[0].numel(), [], {**metadata, **shapes}, pooled, self.time_ids
-        )
+            math.prod(latent), prompt.tokens[0].numel(), [], {**metadata, **shapes}, pooled_size=pooled,
+            time_ids=self.time_ids,
+        )  # fmt: skip
 
     def embed(self, captions: Sequence[str]) -> "PromptEmbeddings":
         """One float16 row a caption, on the CPU."""
@@ -58,13 +58,13 @@ class PairEncoder:
 
         from training.model.families import family_of
 
-        found = []
+        parts = []
         with torch.no_grad():
             for start in range(0, len(pictures), self.batch_size):
                 pixels = torch.from_numpy(pictures[start : start + self.batch_size]).permute(0, 3, 1, 2)
                 encoded = family_of(self.pipeline).encode(self.pipeline, pixels.float() / 127.5 - 1)
-                found.append(encoded.to("cpu", torch.float16))
-        latents: np.ndarray = torch.cat(found).numpy()
+                parts.append(encoded.to("cpu", torch.float16))
+        latents: np.ndarray = torch.cat(parts).numpy()
         if not np.isfinite(latents).all():
             raise FloatingPointError(
                 f"encoded pictures are not finite in {self.pipeline.vae.dtype}; use execution.dtype=float32"
@@ -91,7 +91,7 @@ class PairEncoder:
                 pair = self._judge(rows[index], first + index, verdicts[index], counts)
                 taken += [pair] if pair else []
             if taken and embedded is not None:
-                yield self._batch(taken, captions, embedded, schema, config)
+                yield from self._table(taken, captions, embedded, schema, config).to_batches()
 
     def _judge(self, row: Mapping[str, Any], index: int, verdict: str, counts: Counts) -> HumanPair | None:
         counts.rows += 1
@@ -100,49 +100,41 @@ class PairEncoder:
         setattr(counts, reason, getattr(counts, reason) + 1)
         return pair
 
-    def _batch(
+    def _table(
         self,
         taken: Sequence[HumanPair],
         captions: Mapping[str, int],
         embedded: "PromptEmbeddings",
         schema: pa.Schema,
         config: str,
-    ) -> pa.RecordBatch:
-        columns = _plain_columns(taken, config)
+    ) -> pa.Table:
+        """Rows of pairs; captions: the place of each in `embedded`."""
         own = [captions[pair.caption] for pair in taken]
-        columns["prompt_embedding"] = latent_column(embedded.tokens[own].numpy())
-        if embedded.pooled is not None:
-            columns["pooled_embedding"] = latent_column(embedded.pooled[own].numpy())
         latents = self.latents(np.concatenate([np.stack([pair.pictures[side] for pair in taken]) for side in (0, 1)]))
-        for side, part in enumerate(np.split(latents, 2)):
-            columns[f"latent_{side}"] = latent_column(part)
-        arrays = [pa.array(columns[field.name], field.type) for field in schema]
-        return pa.RecordBatch.from_arrays(arrays, schema=schema)
+        first, second = np.split(latents, 2)
+        prompts = [prompt_id(pair.caption) for pair in taken]
+        uids = [(image_uid(pair.files[0]), image_uid(pair.files[1])) for pair in taken]
+        rows = zip(prompts, taken, uids, strict=True)
+        pairs = Pairs(
+            ids=[imported_pair_id(prompt, pair.row, files, config) for prompt, pair, files in rows],
+            prompt_ids=prompts,
+            captions=[pair.caption for pair in taken],
+            sides=(_side(taken, 0, first, uids), _side(taken, 1, second, uids)),
+            label_0=[pair.label_0 for pair in taken],
+            config_hashes=[config] * len(taken),
+            prompt_embeddings=embedded.tokens[own].numpy(),
+            pooled_embeddings=None if embedded.pooled is None else embedded.pooled[own].numpy(),
+        )
+        return preference_table(pairs, schema)
 
 
-def _plain_columns(taken: Sequence[HumanPair], config: str) -> dict[str, Any]:
-    """Everything that needs no model, by column name."""
-    uids = [[image_uid(pair.files[side]) for pair in taken] for side in (0, 1)]
-    prompts = [prompt_id(pair.caption) for pair in taken]
-    # The same pictures may have been judged twice, and none has a seed: the row tells pairs apart.
-    keys = [[config, pair.row, *rest] for pair, *rest in zip(taken, prompts, *uids, strict=True)]
-    columns: dict[str, Any] = {
-        "pair_id": [hashlib.sha256(canonical_json(key).encode()).hexdigest()[:32] for key in keys],
-        "prompt_id": prompts,
-        "caption": [pair.caption for pair in taken],
-        "has_label": [True] * len(taken),
-        "are_different": [True] * len(taken),
-        "margin": [None] * len(taken),
-        "config_hash": [config] * len(taken),
-    }
-    for side in (0, 1):
-        columns |= {
-            f"image_{side}": pa.array([{"bytes": pair.files[side], "path": None} for pair in taken], IMAGE),
-            f"image_{side}_uid": uids[side],
-            f"time_ids_{side}": [pair.time_ids[side] for pair in taken],
-            f"seed_{side}": [-1] * len(taken),
-            f"model_{side}": [pair.models[side] for pair in taken],
-            f"label_{side}": [abs(side - pair.label_0) for pair in taken],
-            f"soft_label_{side}": [None] * len(taken),
-        }
-    return columns
+def _side(taken: Sequence[HumanPair], side: int, latents: np.ndarray, uids: Sequence[tuple[str, str]]) -> Side:
+    """The pictures on one side; uids: of both sides, a pair each."""
+    return Side(
+        images=[pair.files[side] for pair in taken],
+        uids=[both[side] for both in uids],
+        latents=latents,
+        seeds=[-1] * len(taken),
+        models=[pair.models[side] for pair in taken],
+        time_ids=[pair.time_ids[side] for pair in taken],
+    )

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from data.files import file_sha256
+
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """The name diffusers gives a LoRA. Offline it must be said on loading: the libraries do not look for it then."""
 
@@ -98,8 +100,7 @@ def model_digest(base: str, revision: str | None = None) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for file in path.rglob("*") if file.suffix in (".json", ".safetensors", ".txt")):
         digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(file)))
     return digest.hexdigest()[:12]
 
 

@@ -129,13 +129,13 @@ def test_a_failure_leaves_no_half_of_a_file(crash: str, tmp_path: Path, monkeypa
         Path(str(path)).write_text("half")
         raise OSError("disk full")
 
-    def refused(self: Path, target: Path) -> None:
+    def refused(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
     if crash == "save_file":
         monkeypatch.setattr("safetensors.torch.save_file", failing)
     else:
-        monkeypatch.setattr(Path, "replace", refused)
+        monkeypatch.setattr(os, "replace", refused)
     with pytest.raises(OSError, match="disk full"):
         convert(source, target, force=True)
     assert target.read_text() == "precious"
@@ -144,9 +144,9 @@ def test_a_failure_leaves_no_half_of_a_file(crash: str, tmp_path: Path, monkeypa
 
 def test_the_data_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
-    replace, fsync = Path.replace, os.fsync
+    replace, fsync = os.replace, os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (events.append("fsync"), fsync(handle))[1])
-    monkeypatch.setattr(Path, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b))[1])
     torch.save(_state(), tmp_path / "in.pt")
     convert(tmp_path / "in.pt", tmp_path / "out.safetensors")
     assert events == ["fsync", "rename", "fsync"]

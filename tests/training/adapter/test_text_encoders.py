@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.safetensors_file import read_metadata
+from data.safetensors_file import read_header
 from tests.families import FamilyBases
 from tests.training.adapters import draw, load, save_base
 from tests.training.loop.test_family_training import SHAPES, picture
@@ -226,7 +226,7 @@ def test_the_adapter_loads_in_plain_diffusers_and_starts_the_next_training(
     record = train(plan)
     file = tmp_path / "out" / "adapter" / ADAPTER_FILE
     assert len(adapted_encoders(str(file.parent))) == ENCODERS[name]
-    assert str(worlds._folder) not in "".join(read_metadata(file).values())  # transformers notes where a base lay
+    assert str(worlds._folder) not in "".join(read_header(file).values())  # transformers notes where a base lay
     plain = plain_pipeline(plan.model)
     before = picture(plain)
     plain.load_lora_weights(file.parent, weight_name=ADAPTER_FILE)
@@ -264,7 +264,7 @@ def without_encoders(file: Path, folder: Path) -> Path:
     """The same adapter without its part for the text encoders."""
     folder.mkdir()
     tensors = {key: tensor for key, tensor in load_file(file).items() if not key.startswith("text_encoder")}
-    save_file(tensors, folder / ADAPTER_FILE, read_metadata(file))
+    save_file(tensors, folder / ADAPTER_FILE, read_header(file))
     return folder
 
 
@@ -365,7 +365,7 @@ def test_what_would_lose_text_encoders_is_refused(worlds: Worlds, tmp_path: Path
     other = {f"text_encoder_3.a.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}
     file = tmp_path / "adapter" / ADAPTER_FILE
     (tmp_path / "t5").mkdir()
-    save_file(load_file(file) | other, tmp_path / "t5" / ADAPTER_FILE, read_metadata(file))
+    save_file(load_file(file) | other, tmp_path / "t5" / ADAPTER_FILE, read_header(file))
     for asked in (True, False):  # and no advice that would only lead to the other refusal
         with pytest.raises(ModelError, match=r"also changes text_encoder_3, which no training here goes on with"):
             LoraPolicy(
@@ -393,7 +393,7 @@ def test_encoders_of_another_shape_are_refused(
     other = dict(change(name, tensor) if name.startswith("text_encoder.") else (name, tensor) for name, tensor in state)
     (tmp_path / "other").mkdir()
     save_file({name: each.contiguous() for name, each in other.items()}, tmp_path / "other" / ADAPTER_FILE,
-              read_metadata(file))  # fmt: skip
+              read_header(file))  # fmt: skip
     check_encoders(str(file.parent), Lora(4, 4.0))
     with pytest.raises(ModelError, match=f"changes text_encoder with LoRA of .*{message}"):
         check_encoders(str(tmp_path / "other"), Lora(4, 4.0))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.safetensors_file import add_metadata, read_metadata
+from data.safetensors_file import add_to_header, read_header
 from tests.training.adapters import ATTENTION, RESNET, draw, load, load_unet, save_adapter, save_base
 from training.adapter.layers import Layer
 from training.export.kohya import Base, main, read_layers, to_kohya, write_kohya
@@ -182,14 +182,14 @@ def test_diffusers_reads_the_file_of_a_transformer_as_well() -> None:
 
 def test_the_header_says_what_is_known(world: Path, tmp_path: Path) -> None:
     adapter = save_adapter(save_base(world, "xl"), tmp_path / "xl", ATTENTION)
-    add_metadata(adapter / ADAPTER_FILE, {"rlaif.loss": "dpo"})
-    known = read_metadata(converted(world, "xl", adapter, title="mine"))
+    add_to_header(adapter / ADAPTER_FILE, {"rlaif.loss": "dpo"})
+    known = read_header(converted(world, "xl", adapter, title="mine"))
     assert known["ss_network_dim"] == "4" and known["ss_network_alpha"] == "6"
     assert known["ss_base_model_version"] == "sdxl_base_v1-0" and known["ss_v2"] == "False"
     assert known["modelspec.title"] == "mine" and known["rlaif.loss"] == "dpo" and known["format"] == "pt"
     assert "lora_adapter_metadata" not in known  # its names are diffusers', and the alphas are in the file
     adapter = save_adapter(save_base(world, "sd"), tmp_path / "sd", ATTENTION, alpha_pattern={"to_q": 2})
-    known = read_metadata(converted(world, "sd", adapter))
+    known = read_header(converted(world, "sd", adapter))
     assert known["ss_network_dim"] == "4" and known["ss_network_alpha"] == "Dynamic"
     assert "ss_base_model_version" not in known  # a text encoder 16 wide is of no known generation
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.safetensors_file import read_metadata
+from data.safetensors_file import read_header
 from tests.training.adapters import ATTENTION, RESNET, draw, load, load_unet, save_adapter, save_base
 from training.export.merge import main, merge
 from training.model.reference import ADAPTER_FILE, ModelError, ModelRef
@@ -73,7 +73,7 @@ def test_layers_under_two_naming_schemes_are_all_merged(world: Path, tmp_path: P
     base = save_base(world, "sd")
     adapter = save_adapter(base, tmp_path / "adapter", ATTENTION + RESNET)
     whole = merge(ModelRef(str(base), adapter=str(adapter)), tmp_path / "whole")
-    state, known = load_file(adapter / ADAPTER_FILE), read_metadata(adapter / ADAPTER_FILE)
+    state, known = load_file(adapter / ADAPTER_FILE), read_header(adapter / ADAPTER_FILE)
     mixed = convert_state_dict_to_diffusers(state)
     assert len({"lora_A" in name for name in mixed}) == 2
     save_file(mixed, adapter / ADAPTER_FILE, known)

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from data.safetensors_file import add_metadata, read_metadata
+from data.safetensors_file import add_to_header, read_header
 from data.shards import ShardError
 from scoring.scorers.scorer import ScorerInfo
 from scoring.verdict.gates import gate
@@ -182,18 +182,18 @@ def test_the_outputs_are_those_of_this_training(trained: Path, tmp_path: Path) -
 def test_the_header_of_the_weights_tells_their_training(trained: Path, tmp_path: Path) -> None:
     base, pairs = ModelRef(str(trained / "base")), trained / "pairs"
     file = save_adapter(trained / "base", tmp_path / "a", ["to_q"]) / "pytorch_lora_weights.safetensors"
-    before, config = load_file(file), read_metadata(file)["lora_adapter_metadata"]
+    before, config = load_file(file), read_header(file)["lora_adapter_metadata"]
     known = training_metadata(
         model=base, loss="dpo", beta=2000.0, kappa=1000.0, steps=6, pairs=pairs, version="0.1.0"
     )  # fmt: skip
-    add_metadata(file, known)
-    found, after = read_metadata(file), load_file(file)
+    add_to_header(file, known)
+    found, after = read_header(file), load_file(file)
     assert found["rlaif.loss"] == "dpo" and found["rlaif.kappa"] == "1000.0" and found["rlaif.version"] == "0.1.0"
     assert found["rlaif.pairs"] == provenance(pairs)["sealed"]["dataset_id"] and found["format"] == "pt"
     assert found["rlaif.base_model"] == "base" and "rlaif.base_revision" not in found
     assert found["lora_adapter_metadata"] == config and before.keys() == after.keys()
     assert all(after[name].equal(tensor) for name, tensor in before.items())
     first = file.read_bytes()
-    add_metadata(file, dict(reversed(known.items())))
+    add_to_header(file, dict(reversed(known.items())))
     assert file.read_bytes() == first
     assert [path.name for path in file.parent.iterdir()] == [file.name]

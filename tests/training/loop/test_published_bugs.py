@@ -113,7 +113,7 @@ BUGS = {
     "ties as wins of the first picture": Bug(
         "train_diffusion_dpo.py of huggingface/diffusers", "data/columns.py",
         "pa.scalar(0.5, pa.float32())", "pa.scalar(0.25, pa.float32())",
-        "tests/data/test_pairs.py::test_trainable_rows_have_a_decision_between_different_images_that_is_no_tie",
+        "tests/data/test_columns.py::test_trainable_rows_have_a_decision_between_different_images_that_is_no_tie",
     ),
     "features of transformers 5 not unwrapped": Bug(
         "Lightning-AI/torchmetrics#3407", "scoring/scorers/transformers_clip.py",

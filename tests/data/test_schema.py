@@ -1,17 +1,12 @@
-"""The ids, the schemas, and what makes a row trainable or unfit."""
+"""The columns of shards, and in what two schemas differ."""
 
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pytest
 
-from data.columns import latent_column, latents, trainable
-from data.ids import candidate_id, image_uid, pair_id, prompt_id, score_column, seed_for
+from data.ids import score_column
 from data.schema import (
     IMAGE,
     SCHEMA_VERSION,
@@ -24,47 +19,6 @@ from data.schema import (
 )
 
 METADATA = {"config_hash": "c0ffee", "generation": {"steps": 50, "guidance": 7.5}}
-
-
-def labels(*rows: tuple[bool, bool, float | None]) -> pa.Table:
-    has_label, different, label = zip(*rows, strict=True)
-    columns = {"has_label": has_label, "are_different": different, "label_0": pa.array(label, pa.float32())}
-    return pa.table(columns)
-
-
-def test_prompt_id_ignores_outer_space_and_the_way_an_accent_is_composed() -> None:
-    assert prompt_id("  cafe\u0301\n") == prompt_id("caf\u00e9")
-    assert prompt_id("a red circle") != prompt_id("a red  circle")
-
-
-def test_ids_never_change() -> None:
-    """Folders on disk are keyed by these: another value would orphan every published shard."""
-    assert prompt_id("a red circle") == "a1e4a280d27cad5b"
-    assert candidate_id("p", 7, "base@1", "c") == "d5ef3853de0bf669880b5accfcbbbdbe"
-    assert pair_id("p", 7, 8, "base@1", "base@1", "c") == "733a16b07d9d59a8e09beb0bbfd0fe11"
-    assert seed_for(1, "p", 2) == 30595517919613043
-    assert image_uid(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-
-
-def test_each_ingredient_changes_the_pair_id() -> None:
-    base = ("p", 7, 8, "a", "b", "c")
-    others = [("q", 7, 8, "a", "b", "c"), ("p", 9, 8, "a", "b", "c"), ("p", 7, 9, "a", "b", "c")]
-    others += [("p", 7, 8, "x", "b", "c"), ("p", 7, 8, "a", "x", "c"), ("p", 7, 8, "a", "b", "x")]
-    swapped = ("p", 8, 7, "b", "a", "c")
-    assert len({pair_id(*key) for key in [base, swapped, *others]}) == 8
-
-
-def test_numpy_integers_make_the_same_ids() -> None:
-    one, two, seven = np.array([1, 2, 7], np.int64)
-    assert candidate_id("p", seven, "m", "c") == candidate_id("p", 7, "m", "c")
-    assert seed_for(one, "p", two) == seed_for(1, "p", 2)
-
-
-def test_seeds_are_distinct_and_fit_an_int64() -> None:
-    seeds = [seed_for(c, p, i) for c in range(10) for p in ("p", "q") for i in range(100)]
-    assert len(set(seeds)) == 2000
-    assert min(seeds) >= 0
-    assert 2**62 < max(seeds) < 2**63
 
 
 def test_pair_columns_stand_in_the_documented_order() -> None:
@@ -124,15 +78,6 @@ def test_score_columns_are_safe_names() -> None:
         pair_schema(16, None, ["a.b", "a_b"], {})
 
 
-def test_trainable_rows_have_a_decision_between_different_images_that_is_no_tie() -> None:
-    rows = [(True, True, 1.0), (True, True, 0.0), (True, True, 0.5), (True, False, 1.0)]
-    table = labels(*rows, (False, True, 1.0), (True, True, None), (False, True, None))
-    assert trainable(table).to_pylist() == [True, True, False, False, False, False, False]
-    assert table.filter(trainable(table)).column("label_0").to_pylist() == [1.0, 0.0]
-    batch = table.to_batches()[0]
-    assert batch.filter(trainable(batch)).num_rows == 2
-
-
 OTHER_STEPS = METADATA | {"generation": {"steps": 20, "guidance": 7.5}}
 
 
@@ -164,27 +109,3 @@ def test_an_unknown_major_version_is_refused_with_both_numbers() -> None:
     check_version("1.9")
     with pytest.raises(ValueError, match=r"schema version 2.0, this code reads 1.x"):
         check_version("2.0")
-
-
-def test_latents_of_a_slice_are_the_rows_of_the_slice_and_a_view() -> None:
-    """`FixedSizeListArray.values` ignores the offset and would return row 0 for row 2."""
-    values = np.arange(20, dtype=np.float16).reshape(5, 4)
-    column = latent_column(values)
-    assert np.array_equal(latents(column), values)
-    assert np.array_equal(latents(column.slice(2, 2)), values[2:4])
-    assert latents(column.slice(2)).ctypes.data == latents(column).ctypes.data + 2 * 4 * 2
-    assert np.array_equal(latents(pa.chunked_array([column.slice(3), column.slice(0, 1)])), values[[3, 4, 0]])
-    assert latents(column.slice(5)).shape == (0, 4)
-    assert latents(pa.chunked_array([], column.type)).shape == (0, 4)
-
-
-def test_null_latents_are_refused() -> None:
-    with pytest.raises(ValueError, match="found null among 2 latents"):
-        latents(pa.array([[1.0, 2.0], None], pa.list_(pa.float16(), 2)))
-
-
-def test_importing_the_contract_loads_no_heavy_module() -> None:
-    heavy = {"torch", "prefect", "PIL", "pandas"}
-    code = f"import sys, data.card; print(sorted({heavy} & sys.modules.keys()))"
-    command, root = [sys.executable, "-c", code], Path(__file__).parents[2]
-    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout == "[]\n"
