@@ -1,5 +1,6 @@
 """Fixtures that several folders share."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.pluginmanager.hasplugin("xdist"):
         for item in items:
             item.add_marker(pytest.mark.xdist_group("prefect" if _needs_server(item) else item.nodeid.split("::")[0]))
+
+
+def pytest_collection_finish() -> None:
+    """Full garbage collections go through all that lives, which is mostly imports: a tenth of the suite's time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def _needs_server(item: pytest.Item) -> bool:
@@ -50,5 +62,10 @@ def prefect_server() -> Iterator[None]:
     """A throw-away Prefect server for flows called in this process."""
     from prefect.testing.utilities import prefect_test_harness
 
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
+    from tests.flows.quiet import SERVICES, quiet
+
+    with pytest.MonkeyPatch.context() as patch:
+        for service in SERVICES:
+            patch.setenv(f"PREFECT_SERVER_SERVICES_{service}_ENABLED", "false")
+        with prefect_test_harness(server_startup_timeout=180), quiet():
+            yield

@@ -35,3 +35,19 @@ def of_margins(kappa: float, error: float, terms: int, errors: int = 4) -> float
     of slope s = |dloss/dh| differs by s times as much.
     """
     return kappa * math.sqrt(errors) * of_errors(error, terms)
+
+
+def of_networks(size: float, layers: int, terms: int = 256) -> float:
+    """By how much two computations of a network's outputs, at most `size` large, may differ.
+
+    Each of `layers` sums of so many terms adds an error of its own to the one it is given, and neither damps it.
+    """
+    return SURE * math.sqrt(2 * layers) * size * relative(terms)
+
+
+def of_cosines(layers: int, width: int) -> float:
+    """By how much two computations of a cosine of two embeddings may differ, each from a network of `layers` layers.
+
+    The errors of an embedding point anywhere: of their length the other embedding sees 1 / sqrt(width).
+    """
+    return of_networks(1.0, 2 * layers) / math.sqrt(width)

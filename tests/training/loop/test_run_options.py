@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from data.shards import ShardError
-from tests.rounding import of_margins
+from tests.rounding import of_errors, of_margins
 from tests.training.worlds import make_plan
 from training.loop import launch as launching
 from training.loop.dataset import PreferencePairs, positions_of_step, share_of
@@ -258,6 +258,7 @@ def test_processes_read_equally_many_and_count_each_place_once(count: int, proce
 def test_two_processes_train_what_one_does(world: Path, tmp_path: Path) -> None:
     """gloo on two CPU processes; with kept reference errors and held-out pairs, whose sums cross the processes."""
     changes: dict[str, Any] = {"steps": 4, "noise_draws": 1, "heldout_share": 0.3, "heldout_every": 2, "beta": 200.0}
+    changes["max_grad_norm"] = 1e-2  # Adam's epsilon then hides what rounding does where a gradient is next to nothing
     seen: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     for processes in (1, 2):
         plan = plan_in(world, tmp_path / str(processes), micro_batch_size=2 // processes, **changes)
@@ -269,7 +270,8 @@ def test_two_processes_train_what_one_does(world: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(*(each["values"] for each in kept), rtol=1e-4, atol=1e-5, equal_nan=True)
     for name in ("loss", "grad_norm", "winner_error_delta", "heldout_implicit_accuracy"):
         told = [[metrics.get(name) for metrics in seen[processes]] for processes in (1, 2)]
-        assert told[1] == [value if value is None else pytest.approx(value, rel=1e-3, abs=1e-6) for value in told[0]]
+        allowed = of_errors(1.5, 256) if name.endswith("delta") else of_margins(100.0, 1.5, 256)
+        assert told[1] == [value if value is None else pytest.approx(value, rel=0, abs=allowed) for value in told[0]]
 
 
 def test_a_process_that_fails_says_why(world: Path, tmp_path: Path) -> None:
