@@ -235,7 +235,7 @@ def test_a_folder_of_pictures_is_scored(tiny_preset: Path, tmp_path: Path) -> No
         (folder / f"{index:02d}.txt").write_text(f"picture {index}")
     parameters = {"scorer": "mean(pickscore,hpsv2)", "preset": str(tiny_preset), "output": str(tmp_path / "out")}
     path = Path(score(str(folder), **parameters))
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [row["prompt"] for row in rows] == [f"picture {i}" for i in range(14)]
     for name in ("pickscore", "hpsv2"):
         scorer = load_scorer(name, {name: ScorerSource(str(tiny_preset.parent / name))})

@@ -148,6 +148,22 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Connections of judges that a test leaves open."""
+    clients: list[httpx.Client] = []
+
+    class Noted(httpx.Client):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            clients.append(self)
+
+    monkeypatch.setattr(httpx, "Client", Noted)
+    yield
+    for client in clients:
+        client.close()
+
+
 @pytest.fixture
 def judge(server: Server) -> Iterator[VisionLanguageJudge]:
     scorer = VisionLanguageJudge(variant="some-model", endpoint=server.url)
