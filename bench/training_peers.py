@@ -29,6 +29,7 @@ from bench.training_world import SPLIT, Scale
 
 EXAMPLES = "diffusers/examples/research_projects/diffusion_dpo"
 Weights = dict[str, torch.Tensor]
+NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,17 @@ class Step:
     """What one optimizer step of a script computed with, on the CPU. latents, noise, times: (2 n, ...), winners first.
 
     tokens, pooled, time_ids: the conditions, (2 n, ...). weights: the trained ones before the step. reference: those of
-    the frozen copy where there is one.
+    the frozen copy where there is one. What the script has not computed yet is empty; pooled and time_ids are None for
+    a model that takes none.
     """
 
-    latents: torch.Tensor | None = None
-    noise: torch.Tensor | None = None
-    times: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
+    latents: torch.Tensor = NOTHING
+    noise: torch.Tensor = NOTHING
+    times: torch.Tensor = NOTHING
+    tokens: torch.Tensor = NOTHING
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
+    loss: torch.Tensor = NOTHING
     weights: Weights = field(default_factory=dict)
     gradients: Weights = field(default_factory=dict)
 
@@ -166,7 +168,8 @@ def captured() -> Iterator[list[Step]]:
     """The steps of the script that runs inside, as they come."""
     import diffusers
 
-    steps, modules = [Step()], []
+    steps = [Step()]
+    modules: list[torch.nn.Module] = []
     add_noise, forward = diffusers.DDPMScheduler.add_noise, diffusers.UNet2DConditionModel.forward
     logsigmoid = torch.nn.functional.logsigmoid
 

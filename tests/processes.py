@@ -45,7 +45,7 @@ def _run(target: Callable[..., object], arguments: tuple[Any, ...], log: str, en
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.stdout.reconfigure(line_buffering=True)
     os.environ.update(environment)
     target(*arguments)
 

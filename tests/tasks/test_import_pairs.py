@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +36,9 @@ def encoded(seed: int, size: tuple[int, int] = (48, 40), kind: str = "PNG") -> b
     return buffer.getvalue()
 
 
-def row(index: int, **changes: object) -> dict[str, object]:
+def row(index: int, **changes: Any) -> dict[str, Any]:
     """A row of Pick-a-Pic; winners on either side, captions shared by two rows."""
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "caption": f"picture {index // 2}", "jpg_0": encoded(2 * index, kind="JPEG"),
         "jpg_1": encoded(2 * index + 1, (36, 64)), "label_0": float(index % 2), "label_1": 1.0 - index % 2,
         "has_label": True, "are_different": True, "model_0": "a", "model_1": "b", "image_0_uid": "x",
@@ -46,7 +47,7 @@ def row(index: int, **changes: object) -> dict[str, object]:
     return values | changes
 
 
-def save(path: Path, rows: list[dict[str, object]], schema: pa.Schema = PICKAPIC) -> Path:
+def save(path: Path, rows: list[dict[str, Any]], schema: pa.Schema = PICKAPIC) -> Path:
     parquet.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=7)
     return path
 
@@ -103,7 +104,11 @@ def test_latents_and_embeddings_are_the_base_models_own(job: Import) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(job.model.base)
     for given, kept in zip(ROWS[:3], first, strict=True):
         for side, (tall, wide) in enumerate([(38, 32), (32, 57)]):  # the shorter side becomes 32
-            picture = Image.open(io.BytesIO(given[f"jpg_{side}"])).convert("RGB").resize((wide, tall), Image.LANCZOS)
+            picture = (
+                Image.open(io.BytesIO(given[f"jpg_{side}"]))
+                .convert("RGB")
+                .resize((wide, tall), Image.Resampling.LANCZOS)
+            )
             top, left = (tall - 32) // 2, (wide - 32) // 2
             pixels = np.asarray(picture)[top : top + 32, left : left + 32].astype(np.float32) / 127.5 - 1
             with torch.no_grad():
@@ -203,7 +208,7 @@ def test_any_source_gives_the_same_rows(job: Import, tmp_path: Path) -> None:
     """Parquet, both Arrow formats, `datasets` pictures, and a hub stream; from any row on."""
     from datasets import load_dataset
 
-    def seen(rows: object) -> list[tuple[object, ...]]:
+    def seen(rows: Any) -> list[tuple[object, ...]]:
         return [tuple(each[name] for name in GIVEN) for each in rows]
 
     expected = seen(ROWS)

@@ -22,7 +22,7 @@ from scoring.scorers.scorer import ScoringError
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 LENGTH = 16
-KINDS = {
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "siglip": ({"size": {"height": 32, "width": 32}}, {"image_size": 32}),
     "siglip2": ({"patch_size": 8, "max_num_patches": 16}, {"num_patches": 16}),
 }

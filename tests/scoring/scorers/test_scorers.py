@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_a_full_memory_halves_the_chunks(
 ) -> None:
     """10 at once do not fit; what comes out is what a scorer gives that starts with chunks that do."""
     folder = str(request.getfixturevalue(f"{name}_folder"))
-    kind = type(load_scorer(name, {name: ScorerSource(folder)}))
+    kind: Any = type(load_scorer(name, {name: ScorerSource(folder)}))
 
     class Small(kind):
         def _image_features(self, some: Any) -> torch.Tensor:
@@ -250,7 +250,7 @@ def test_weights_are_read_once_at_the_first_score(
 ) -> None:
     folder = Path(shutil.copytree(request.getfixturevalue(f"{name}_folder"), tmp_path / "copy"))
     bound, image = {name: ScorerSource(str(folder))}, [np.zeros((4, 4, 3), dtype=np.uint8)]
-    late, early = load_scorer(name, bound), load_scorer(name, bound)
+    late, early = load_scorer(name, bound), cast(Any, load_scorer(name, bound))
     early.score(image, ["a"])
     (folder / weights).unlink()
     assert early.load() is early and early.score(image, ["b"]).shape == (1,)
@@ -264,7 +264,7 @@ def test_batch_sizes_that_are_none_are_refused(batch_size: Any, hpsv2_folder: Pa
         load_scorer("hpsv2", {"hpsv2": ScorerSource(str(hpsv2_folder), options={"batch_size": batch_size})})
 
 
-def _fingerprint(name: str, folder: Path, **source: str) -> str:
+def _fingerprint(name: str, folder: Path, **source: Any) -> str:
     scorer = load_scorer(name, {name: ScorerSource(str(folder), **source)})
     scorer.close()
     return scorer.info.fingerprint

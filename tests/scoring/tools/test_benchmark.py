@@ -76,9 +76,10 @@ def test_rows_by_hand() -> None:
     first, average = summarise({"x": values})
     half = 1.9842169515 * np.sqrt(400 / 99) / 10
     assert fold_means(values).tolist() == [0, 5]
-    assert first == Row("x", 100, 1, pytest.approx(1 - half), pytest.approx(1 + half), 2.5, 2.5)
+    assert (first.low, first.high) == pytest.approx((1 - half, 1 + half))
+    assert first == Row("x", 100, 1, first.low, first.high, 2.5, 2.5)
     assert (average.style, average.mean, average.compatible, average.fold_std) == ("Average", 1, 1, None)
-    both = summarise({"x": values, "y": np.float32([3, 3])}, factor=100)[-1]
+    both = summarise({"x": values, "y": np.array([3, 3], np.float32)}, factor=100)[-1]
     assert both.images == 102 and both.mean == both.compatible == pytest.approx(100 * 106 / 102)
 
 

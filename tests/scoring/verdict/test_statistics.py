@@ -168,7 +168,7 @@ def _agreement_by_definition(a: list[int], b: list[int], groups: list[str]) -> t
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.sampled_from("xyz")), max_size=12))
 def test_agreement_against_its_definition(rows: list[tuple[int, int, str]]) -> None:
-    a, b, groups = ([row[i] for row in rows] for i in range(3))
+    a, b, groups = [row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows]
     agreed, pairs = _agreement_by_definition(a, b, groups)
     accuracy, low, high, n = agreement(np.array(a), np.array(b), groups)
     assert n == pairs

@@ -203,6 +203,7 @@ def test_kappa_means_the_same_for_epsilon_and_velocity_models(tmp_path: Path) ->
     run.step(0)
     batch = run.pairs.read(positions_of_step(0, 12, 12, 0))
     as_noise = run.loss(batch)
+    assert isinstance(run.loss.process, Diffusion)
     schedule = DDPMScheduler.from_config(run.loss.process.schedule.config, prediction_type="v_prediction")
     run.loss.process, run.loss.family = Diffusion(schedule), _AsVelocity(schedule)
     run.loss.plan = run.plan.changed(error_space="epsilon")

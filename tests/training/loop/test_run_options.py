@@ -37,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_in(world: Path, output: Path, **changes: object) -> TrainingPlan:
+def plan_in(world: Path, output: Path, **changes: Any) -> TrainingPlan:
     return make_plan(world, **changes).changed(output=str(output))
 
 

@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_in(world: Path, output: Path, **changes: object) -> TrainingPlan:
+def plan_in(world: Path, output: Path, **changes: Any) -> TrainingPlan:
     return make_plan(world, output=str(output), **changes)
 
 

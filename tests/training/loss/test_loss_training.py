@@ -32,7 +32,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_in(world: Path, output: Path, loss: str, **changes: object) -> TrainingPlan:
+def plan_in(world: Path, output: Path, loss: str, **changes: Any) -> TrainingPlan:
     return make_plan(world, output=str(output), loss=loss, **{**NEEDED.get(loss, {}), **changes})
 
 
