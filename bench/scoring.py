@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from bench.original_hpsv2 import original, put_model
+from bench.training_device import describe
 from scoring.scorers import sources
 from scoring.scorers.hpsv2 import HPSv2, preprocess
 
@@ -142,11 +143,6 @@ def report(seconds: Mapping[str, list[float]], scores: Mapping[str, np.ndarray],
         apart = np.abs(scores[name].astype(np.float64) - scores[names[1]]).max()
         print(f"{name:<22}{min(milli):>10.1f}{median(milli):>11.1f}{gain[0]:>9.2f}x{gain[1]:>9.2f}x{apart:>17.1e}")
     print(f"scores spread over {np.ptp(scores[names[1]]):.1e}; times are for an image")
-
-
-def describe(device: str) -> str:
-    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
-    return f"{device} ({where}), torch {torch.__version__}"
 
 
 def throughput(ours: HPSv2, theirs: Any, image: np.ndarray, batches: Any) -> None:

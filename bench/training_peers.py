@@ -91,10 +91,13 @@ class Step:
 
 
 def run_script(
-    peer: Peer, file: Path, base: Path, data: Path, scale: Scale, steps: int, more: list[str],
-    on_step: Callable[[], None], precision: str = "no",
+    peer: Peer, file: Path, *, base: Path, data: Path, scale: Scale, steps: int, more: list[str],
+    on_step: Callable[[], None] = lambda: None, precision: str = "no",
 ) -> None:  # fmt: skip
-    """Train `steps` steps; on_step() after each. Raises RuntimeError with the end of what a failing script printed."""
+    """Train `steps` steps of a base on data; on_step() after each. more: arguments of the script.
+
+    Raises RuntimeError with the end of what a failing script printed.
+    """
     with tempfile.TemporaryDirectory() as folder, _undisturbed(), ExitStack() as stack:
         options = {
             "pretrained_model_name_or_path": base, "dataset_name": data, "output_dir": folder, "cache_dir": folder,
