@@ -22,6 +22,8 @@ from shapes.scorers import JUDGES, load_judge, score, standardise
 from shapes.stage import MODELS
 from shapes.tokenizer import CONTEXT, OPEN_CLIP_FILE
 
+pytestmark = pytest.mark.numerical
+
 PROMPTS, EACH = 64, 4  # of the tuning set
 
 

@@ -19,6 +19,8 @@ from scoring.scorers.registry import check_scorer, load_scorer
 from scoring.scorers.scorer import ScoringError
 from scoring.tools.convert import convert
 
+pytestmark = pytest.mark.numerical
+
 WIDTH = 16
 GREY = [np.full((20, 30, 3), 90, dtype=np.uint8)]
 

@@ -20,6 +20,8 @@ from scoring.scorers.clip import CLIPScore, _repository
 from scoring.scorers.registry import ScorerSource, check_scorer, load_scorer
 from scoring.scorers.scorer import ScoringError
 
+pytestmark = pytest.mark.numerical
+
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 LENGTH = 16
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

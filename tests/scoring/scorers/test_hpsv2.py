@@ -28,6 +28,8 @@ from scoring.scorers.scorer import ScoringError
 from tests.rounding import of_cosines
 from tests.scoring.conftest import HPSV2_CONFIG, PROMPTS
 
+pytestmark = pytest.mark.numerical
+
 ROUNDING = of_cosines(20, 16)
 
 

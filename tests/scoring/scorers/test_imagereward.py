@@ -21,6 +21,8 @@ from scoring.scorers.scorer import Scorer, ScoringError
 from scoring.scorers.sources import Snapshot, local_copy
 from tests.rounding import of_networks
 
+pytestmark = pytest.mark.numerical
+
 GOLDEN = Path(__file__).parent / "golden" / "imagereward.json"
 TEXT: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -17,6 +17,8 @@ from scoring.scorers.scorer import ScoringError, score_images
 from tests.rounding import of_cosines
 from tests.scoring.conftest import SHAPES
 
+pytestmark = pytest.mark.numerical
+
 # Float32 noise of another matrix shape, in units of the scorer: of a cosine, and of one times the scale of 100.
 NOISE = {"hpsv2": of_cosines(20, 16), "pickscore": 100 * of_cosines(20, 16)}
 

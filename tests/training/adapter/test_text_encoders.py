@@ -156,6 +156,7 @@ def test_the_margin_is_zero_at_the_start_whatever_else_is_asked_for(
     assert (abs(second["margin"]) < 1e-3) == ("refresh_reference" in changes)
 
 
+@pytest.mark.numerical
 def test_micro_batches_change_neither_loss_nor_gradient(worlds: Worlds, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"prompt_dropout": 0.3, "beta": 200.0, "learning_rate": 1e-2}
     runs = [Run(worlds.plan("sdxl", tmp_path, micro_batch_size=size, **changes)) for size in (1, 3)]
@@ -167,6 +168,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(worlds: Worlds, tmp_path
         assert one["implicit_accuracy"] == three["implicit_accuracy"], step
 
 
+@pytest.mark.numerical
 def test_kept_reference_errors_are_those_of_the_reference(worlds: Worlds, tmp_path: Path) -> None:
     """The reference's embeddings do not move, whatever the policy's do. Also where a batch is known in part."""
     run = Run(worlds.plan("sd", tmp_path, noise_draws=1, beta=200.0, learning_rate=1e-2))
@@ -205,6 +207,7 @@ def test_a_resumed_run_is_bit_equal(worlds: Worlds, tmp_path: Path) -> None:
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+@pytest.mark.numerical
 def test_two_processes_train_what_one_does(worlds: Worlds, tmp_path: Path) -> None:
     """gloo, two passes a step in each: gradients of the encoders are gathered and averaged like the network's.
 
@@ -222,6 +225,7 @@ def test_two_processes_train_what_one_does(worlds: Worlds, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.numerical
 def test_the_adapter_loads_in_plain_diffusers_and_starts_the_next_training(
     worlds: Worlds, bases: FamilyBases, tmp_path: Path, name: str
 ) -> None:

@@ -14,6 +14,8 @@ from tests.training.adapters import ATTENTION, RESNET, draw, load, load_unet, sa
 from training.export.merge import main, merge
 from training.model.reference import ADAPTER_FILE, ModelError, ModelRef
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -28,6 +28,8 @@ from training.model.reference import ADAPTER_FILE, ModelError
 from training.model.stable_diffusion import StableDiffusion
 from training.plan import TrainingPlan
 
+pytestmark = pytest.mark.numerical
+
 SHAPES = {
     "sdxl": Shapes((4, 8, 8), (77, 40), 24), "sdxl-words": Shapes((4, 8, 8), (77, 40), 24),
     "sd3": Shapes((16, 8, 8), (333, 48), 40), "sd3-no-t5": Shapes((16, 8, 8), (333, 48), 40),

@@ -17,6 +17,8 @@ from training.model.flow_models import Flux, StableDiffusion3, pack, positions, 
 from training.model.noise import Diffusion, ErrorSpace, FlowMatching, draw, shift_of, shifted
 from training.model.reference import ModelRef
 
+pytestmark = pytest.mark.numerical
+
 SHIFTS = [
     {"shift": 3.0},
     {"shift": 1.0},

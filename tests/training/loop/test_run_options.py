@@ -113,6 +113,7 @@ def count_reference_rows(run: Run) -> list[int]:
     return rows
 
 
+@pytest.mark.numerical
 def test_kept_errors_replace_the_reference_and_change_nothing(world: Path, tmp_path: Path) -> None:
     """With one draw, epochs after the first see the same noise: no reference row, and the errors of a fresh pass."""
     kept = Run(plan_in(world, tmp_path, noise_draws=1, beta=200.0, learning_rate=1e-2))
@@ -148,6 +149,7 @@ def test_draws_repeat_after_as_many_as_asked_for(world: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.numerical
 def test_a_refreshed_reference_is_what_the_policy_was(world: Path, tmp_path: Path, method: str) -> None:
     run = Run(plan_in(world, tmp_path, method=method, refresh_reference=2, learning_rate=1e-2, beta=20.0))
     inputs = (torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 77, 16))
@@ -170,6 +172,7 @@ def test_a_refreshed_reference_is_what_the_policy_was(world: Path, tmp_path: Pat
     assert metrics["loss"] == pytest.approx(np.log(2), abs=1e-4)
 
 
+@pytest.mark.numerical
 def test_the_average_is_what_is_exported(world: Path, tmp_path: Path) -> None:
     run = Run(plan_in(world, tmp_path, ema=0.999))
     name, weight = next((name, weight) for name, weight in run.policy.weights().items() if "lora_B" in name)
@@ -240,6 +243,7 @@ def test_dropped_prompts_are_dropped_for_both_sides_at_the_rate_asked_for(world:
     assert share == pytest.approx(0.25, abs=0.13)  # 192 draws, each seen by both networks: 4 standard errors
 
 
+@pytest.mark.numerical
 def test_accumulation_over_uneven_passes_is_one_batch(world: Path, tmp_path: Path) -> None:
     runs = [Run(plan_in(world, tmp_path, batch_size=5, micro_batch_size=size, max_grad_norm=1e9)) for size in (5, 2)]
     assert [len(batch.draws) for batch in runs[1]._batches(0)] == [2, 2, 1]
@@ -311,6 +315,7 @@ def test_an_offloaded_reference_is_the_same(world: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.numerical
 def test_gradient_checkpointing_changes_no_gradient(world: Path, tmp_path: Path, method: str) -> None:
     runs = [Run(plan_in(world, tmp_path, method=method, gradient_checkpointing=on)) for on in (False, True)]
     metrics = [run.step(0) for run in runs]

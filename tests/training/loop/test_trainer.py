@@ -28,6 +28,8 @@ from training.model.loading import fuse_adapter, load_network, load_pipeline
 from training.model.reference import ADAPTER_FILE, ModelError, ModelRef
 from training.plan import TrainingPlan
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,6 +20,8 @@ from training.loss.errors import LossOutput, PairErrors
 from training.loss.table import LOSSES, preference_loss
 from training.plan import TrainingPlan
 
+pytestmark = pytest.mark.numerical
+
 NEEDED = {"rdpo": {"label_smoothing": 0.1}}
 """Options without which a loss is refused."""
 ALL = positions_of_step(0, 12, 12, 0)

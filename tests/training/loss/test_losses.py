@@ -14,6 +14,8 @@ from training.loss.errors import LossOutput, PairErrors, PairLabels, kappa_of, r
 from training.loss.formulas import diffusion_dpo, ipo, mapo, robust_dpo, safeguarded_dpo
 from training.loss.table import LARGEST_WEIGHT, LOSSES, LossOptions, check_options, loss_at_start, preference_loss
 
+pytestmark = pytest.mark.numerical
+
 NEEDED = {"rdpo": LossOptions(label_smoothing=0.1)}
 """Options without which a loss is refused."""
 WITH_REFERENCE = [name for name, loss in LOSSES.items() if loss.reference]
