@@ -164,7 +164,7 @@ def test_siglip_text_is_lowered_and_padded_on_the_right(siglip_folder: Path, tmp
 def test_prompts_are_cut_at_the_context(siglip_folder: Path, open_clip_folder: Path) -> None:
     for folder in (siglip_folder, open_clip_folder):
         a, b = CLIPScore(str(folder)).score(GREY * 2, ["a red circle " * 50, "a red circle " * 50 + "on green"])
-        assert a == b
+        assert a == pytest.approx(b, rel=0, abs=2e-6)
 
 
 def test_info(siglip_folder: Path, open_clip_folder: Path, pickscore_folder: Path) -> None:
