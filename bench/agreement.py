@@ -1,18 +1,20 @@
 """`python -m bench.agreement`: do the shipped judges rank fresh pictures of the base as the oracle does?
 
-A pair is two pictures of one prompt with different oracle scores. A judge's exact tie counts as half a
-success, as in PickScore's evaluation. Intervals are Wilson's at 95 % over pairs; pairs of one prompt share
-pictures, so they are a little too narrow.
+A pair is two pictures of one prompt with different oracle scores. A judge's exact tie counts as half a success, as in
+PickScore's evaluation. Two intervals at 95 %: Wilson's, as if pairs were independent, and the one that allows for pairs
+of a prompt, which share pictures (`clustered_interval`): the second is what may be claimed of other prompts.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from scoring.verdict.intervals import wilson_interval
+from scoring.verdict.pair_statistics import clustered_interval
 from shapes.generate import DEFAULT_GUIDANCE, DEFAULT_STEPS, sample
 from shapes.oracle import check, claims, fraction, observe
 from shapes.prompts import read_set
@@ -22,23 +24,13 @@ from shapes.stage import MODELS, begin
 from shapes.world import parse
 
 
-def wilson(successes: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a proportion, by Wilson (1927)."""
-    if trials == 0:
-        return 0.0, 1.0
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    whole = 1 + z * z / trials
-    return (centre - half) / whole, (centre + half) / whole
-
-
-def pairwise(guess: Tensor, truth: Tensor, least_gap: float = 0.0) -> tuple[float, int]:
-    """Successes and pairs of (prompts, k) scores, over pairs whose truth differs by more than `least_gap`."""
-    gap = truth[:, :, None] - truth[:, None, :]
-    ranked = gap > least_gap + 1e-4
+def ranked_pairs(guess: Tensor, truth: Tensor, least_gap: float = 0.0) -> tuple[np.ndarray, list[str]]:
+    """Each pair's outcome, 1, 0.5 for a tie, or 0, and its prompt; of (prompts, k) scores, over pairs whose truth
+    differs by more than `least_gap`."""
+    ranked = truth[:, :, None] - truth[:, None, :] > least_gap + 1e-4
     said = (guess[:, :, None] - guess[:, None, :])[ranked]
-    return ((said > 0).float() + 0.5 * (said == 0).float()).sum().item(), int(ranked.sum())
+    outcomes = (said > 0).double() + 0.5 * (said == 0).double()
+    return outcomes.numpy(), [str(prompt) for prompt in ranked.nonzero()[:, 0].tolist()]
 
 
 def fresh_pictures(
@@ -62,12 +54,16 @@ def oracle_scores(images: Tensor, captions: Sequence[str]) -> Tensor:
 
 def report(name: str, guess: Tensor, truth: Tensor) -> str:
     """One line: the judge's accuracy on all ranked pairs and on those with a wide gap."""
-    parts = []
-    for label, least in (("all pairs", 0.0), ("oracle gap > .15", 0.15)):
-        right, pairs = pairwise(guess, truth, least)
-        low, high = wilson(right, pairs)
-        parts.append(f"{label} {right / max(pairs, 1):.3f} [{low:.3f}, {high:.3f}] n={pairs}")
-    return f"{name:10s} " + " | ".join(parts)
+    kinds = {"all pairs": 0.0, "oracle gap > .15": 0.15}
+    return f"{name:10s} " + " | ".join(f"{kind} {share(*ranked_pairs(guess, truth, kinds[kind]))}" for kind in kinds)
+
+
+def share(outcomes: np.ndarray, prompts: Sequence[str]) -> str:
+    """Their mean with both intervals."""
+    low, high = wilson_interval(float(outcomes.sum()), len(outcomes))
+    mean, least, most = clustered_interval(outcomes, prompts)
+    clustered = f"{len(set(prompts))} prompts [{least:.3f}, {most:.3f}]"
+    return f"{mean:.3f} [{low:.3f}, {high:.3f}] n={len(outcomes)}, by {clustered}"
 
 
 def main() -> None:
@@ -85,9 +81,7 @@ def main() -> None:
     images = fresh_pictures(prompts, each, given.seed, given.steps, given.guidance)
     truth = oracle_scores(images, captions)
     print(f"{given.set}: {len(prompts)} prompts x {each}, seed {given.seed}, {given.steps} steps, g {given.guidance:g}")
-    exact = (truth == 1).float()
-    low, high = wilson(exact.sum().item(), len(exact))
-    print(f"base       exact {exact.mean():.3f} [{low:.3f}, {high:.3f}] n={len(exact)} | mean score {truth.mean():.3f}")
+    print(f"base       exact {share((truth == 1).double().numpy(), captions)} | mean score {truth.mean():.3f}")
     for name in JUDGES:
         guess = score(load_judge(name, MODELS / name), images, captions)
         print(report(name, guess.view(-1, each), truth.view(-1, each)))

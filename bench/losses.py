@@ -21,11 +21,11 @@ from tqdm import tqdm
 from bench.arms import ARMS, CYCLES, GRID, RECIPE_GRID, Arm
 from bench.cycles import gate_and_promote, make_pairs, other_pairs, promote_anyway, promoted, run_cycles
 from bench.loss_table import CONTROL, RECIPE, RECIPE_CONTROL, comparison, outcomes, table
+from bench.pictures import judged
 from data.files import write_text
 from data.ids import seed_for
 from data.prompts import read_prompts
 from scoring.scorers.registry import load_scorer
-from scoring.scorers.scorer import score_images
 from tasks.record.recipe import Recipe, resolve
 from tasks.record.settings import Given, GivenEvaluation, GivenPairing, Settings
 from tasks.record.workspace import experiment_at
@@ -33,7 +33,6 @@ from tasks.train import training_plan
 from training.loop.trainer import train
 from training.model.loading import load_pipeline
 from training.model.reference import ModelRef
-from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 
 START = "start"
 """The base's pictures that all arms are compared with."""
@@ -76,14 +75,9 @@ class World:
 
     def scores(self, model: ModelRef, side: int) -> Scores:
         """What each judge gives the model's pictures of the held-out prompts; side: which noise."""
-        generation = self.recipe.generation
-        sampler = Sampler(generation.scheduler, generation.steps, generation.guidance, generation.scheduler_options)
-        pipeline = load_pipeline(model)
-        embeddings, negative = embed_prompts(pipeline, self.texts), negative_prompt(pipeline)
         seeds = [seed_for(self.recipe.seed, f"losses:{key}", side) for key in self.ids]
-        size = self.recipe.execution.batch_size
-        images = list(sample_images(pipeline, embeddings, negative, seeds, sampler, size)[1])
-        return {name: score_images(judge, images, self.texts).tolist() for name, judge in self.judges.items()}
+        scores = judged(load_pipeline(model), self.recipe, self.judges, self.texts, seeds)
+        return {name: values.tolist() for name, values in scores.items()}
 
 
 class Results:

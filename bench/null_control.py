@@ -11,15 +11,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from bench.pictures import judged
 from data.ids import seed_for
 from data.prompts import Prompts, read_prompts
 from scoring.scorers.registry import load_scorer
-from scoring.scorers.scorer import score_images
 from scoring.verdict.verdict import Verdict, judge_pairs
 from tasks.record.recipe import Recipe, resolve
 from training.model.loading import load_pipeline
 from training.model.reference import ModelRef
-from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images
 
 
 def main() -> None:
@@ -39,19 +38,14 @@ def main() -> None:
 
 def repeat(recipe: Recipe, prompts: Prompts, repeats: int) -> list[Verdict]:
     """One verdict a judge and repeat."""
-    generation = recipe.generation
-    sampler = Sampler(generation.scheduler, generation.steps, generation.guidance, generation.scheduler_options)
     pipeline = load_pipeline(ModelRef(str(Path(recipe.base_model))))
-    texts, negative = list(prompts.values()), negative_prompt(pipeline)
-    embeddings = embed_prompts(pipeline, texts)
     judges = {name: load_scorer(name, recipe.sources()) for name in recipe.judges}
     verdicts = []
     for number in tqdm(range(repeats), unit="repeat"):
         scores = []
         for side in (0, 1):
             seeds = [seed_for(2 * number + side, key, 0) for key in prompts]
-            images = sample_images(pipeline, embeddings, negative, seeds, sampler, recipe.execution.batch_size)[1]
-            scores.append({name: score_images(judge, list(images), texts) for name, judge in judges.items()})
+            scores.append(judged(pipeline, recipe, judges, list(prompts.values()), seeds))
         for name, judge in judges.items():
             sides = (scores[0][name], scores[1][name])
             verdicts.append(judge_pairs(name, *sides, list(prompts), judge.info.higher_is_better, held_out=True))

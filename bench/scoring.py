@@ -14,6 +14,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 
 from bench.original_hpsv2 import original, put_model
+from bench.training_device import describe
 from scoring.scorers import sources
 from scoring.scorers.hpsv2 import HPSv2, preprocess
 
@@ -48,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, original("img_score") as theirs:
         checkpoint = write_weights(given.model, Path(folder))
         put_model(theirs, json.loads((Path(folder) / "open_clip_config.json").read_text())["model_cfg"], Path(folder))
-        theirs.device = given.device
+        vars(theirs)["device"] = given.device
         theirs.score([Image.fromarray(images[0])], prompts[0], cp=str(checkpoint))  # moves it and loads the weights
         ours = HPSv2(folder, given.device).load()
         ways = all_ways(theirs, checkpoint, ours, folder, images, prompts)
@@ -143,11 +145,6 @@ def report(seconds: Mapping[str, list[float]], scores: Mapping[str, np.ndarray],
     print(f"scores spread over {np.ptp(scores[names[1]]):.1e}; times are for an image")
 
 
-def describe(device: str) -> str:
-    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
-    return f"{device} ({where}), torch {torch.__version__}"
-
-
 def throughput(ours: HPSv2, theirs: Any, image: np.ndarray, batches: Any) -> None:
     """Images a second by batch size, one prompt a batch, beside the original's loop and the peak of the device."""
     if not batches:
@@ -161,10 +158,15 @@ def throughput(ours: HPSv2, theirs: Any, image: np.ndarray, batches: Any) -> Non
     for size in batches:
         ours._batch_size = size
         tensor = torch.from_numpy(image).permute(2, 0, 1).repeat(size, 1, 1, 1).to(ours._device)
-        rate = size / best(lambda tensor=tensor: ours.score(tensor, [PROMPTS[0]] * len(tensor)))
-        alone = size / best(lambda tensor=tensor: preprocess(tensor, ours._size)[0, 0, 0, 0].item())
+        rate = size / best(partial(ours.score, tensor, [PROMPTS[0]] * size))
+        alone = size / best(partial(_preprocessed, tensor, ours._size))
         share = rate * flops / peak
         print(f"{size:>5}{rate:>10.1f}{alone:>10.1f}   {rate / loop:.1f}x hpsv2, {share:.1%} of peak")
+
+
+def _preprocessed(images: torch.Tensor, size: int) -> float:
+    """One of the numbers, which cannot be told before all are computed."""
+    return preprocess(images, size)[0, 0, 0, 0].item()
 
 
 def image_flops(scorer: HPSv2) -> int:

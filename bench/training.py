@@ -102,14 +102,12 @@ class Bench:
             seconds.append(self.clock() - start)
         return seconds
 
-    def peer(self, peer: Peer, more: list[str], precision: str) -> list[float]:
+    def peer(self, peer: Peer, file: Path, more: list[str], precision: str) -> list[float]:
         """The seconds between its optimizer steps; the first two warm up. Without what comes before and after."""
         times: list[float] = []
-        file = peer.file(self.given.peers)
-        assert file is not None
         run_script(
-            peer, file, self.base, self.data, self.scale, self.given.steps + 2, more,
-            lambda: times.append(self.clock()), precision,
+            peer, file, base=self.base, data=self.data, scale=self.scale, steps=self.given.steps + 2, more=more,
+            on_step=lambda: times.append(self.clock()), precision=precision,
         )  # fmt: skip
         return [after - before for before, after in pairwise(times[1:])]
 
@@ -119,12 +117,13 @@ def ways_of(bench: Bench, method: str) -> tuple[dict[str, Way], list[str]]:
     ways: dict[str, Way] = {}
     absent = []
     for peer in (peer for peer in peers_for(bench.scale) if peer.method == method):
-        if peer.file(bench.given.peers) is None:
+        file = peer.file(bench.given.peers)
+        if file is None:
             absent.append(peer.name)
             continue
         for name, more in peer.ways.items():
             precision = ("fp16" if name == "README" else "bf16") if bench.cuda else "no"
-            ways[f"{peer.name}, {name}"] = partial(bench.peer, peer, more, precision)
+            ways[f"{peer.name}, {name}"] = partial(bench.peer, peer, file, more, precision)
     ways["ours, first epoch"] = partial(bench.ours, CACHED, method, True)
     ways |= {name: partial(bench.ours, name, method, False) for name in CHANGES}
     return ways, absent
@@ -170,7 +169,9 @@ def parity(bench: Bench) -> list[dict[str, Any]]:
         rate = 1e-3 if peer.method == "lora" else 1e-4  # so that a few steps lead away from the reference
         more = ["--max_grad_norm=1e9", f"--learning_rate={rate}"]
         with captured() as steps:
-            run_script(peer, file, bench.base, bench.data, bench.scale, bench.given.steps, more, lambda: None)
+            run_script(
+                peer, file, base=bench.base, data=bench.data, scale=bench.scale, steps=bench.given.steps, more=more
+            )
         run = Run(bench.plan(peer.method, mixed_precision="no"))
         for as_theirs in (True, False):
             found = compare(run, steps, as_theirs)

@@ -61,9 +61,9 @@ def _batch(step: Step, count: int) -> PairBatch:
     sizes = None if step.time_ids is None else torch.stack(step.time_ids.float().chunk(2), 1)
     pooled, unknown = None if step.pooled is None else step.pooled[:count], torch.full((count,), torch.nan)
     return PairBatch(
-        step.latents[:count], step.latents[count:], PromptEmbeddings(step.tokens[:count], pooled), sizes,
-        unknown, unknown, [(str(index), 0) for index in range(count)], list(range(count)),
-        [""] * count,
+        winner=step.latents[:count], loser=step.latents[count:],
+        prompts=PromptEmbeddings(step.tokens[:count], pooled), time_ids=sizes, soft_label=unknown, margin=unknown,
+        draws=[(str(index), 0) for index in range(count)], indices=list(range(count)), captions=[""] * count,
     )  # fmt: skip
 
 

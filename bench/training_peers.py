@@ -29,6 +29,7 @@ from bench.training_world import SPLIT, Scale
 
 EXAMPLES = "diffusers/examples/research_projects/diffusion_dpo"
 Weights = dict[str, torch.Tensor]
+NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,29 @@ class Step:
     """What one optimizer step of a script computed with, on the CPU. latents, noise, times: (2 n, ...), winners first.
 
     tokens, pooled, time_ids: the conditions, (2 n, ...). weights: the trained ones before the step. reference: those of
-    the frozen copy where there is one.
+    the frozen copy where there is one. What the script has not computed yet is empty; pooled and time_ids are None for
+    a model that takes none.
     """
 
-    latents: torch.Tensor | None = None
-    noise: torch.Tensor | None = None
-    times: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
+    latents: torch.Tensor = NOTHING
+    noise: torch.Tensor = NOTHING
+    times: torch.Tensor = NOTHING
+    tokens: torch.Tensor = NOTHING
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
+    loss: torch.Tensor = NOTHING
     weights: Weights = field(default_factory=dict)
     gradients: Weights = field(default_factory=dict)
 
 
 def run_script(
-    peer: Peer, file: Path, base: Path, data: Path, scale: Scale, steps: int, more: list[str],
-    on_step: Callable[[], None], precision: str = "no",
+    peer: Peer, file: Path, *, base: Path, data: Path, scale: Scale, steps: int, more: list[str],
+    on_step: Callable[[], None] = lambda: None, precision: str = "no",
 ) -> None:  # fmt: skip
-    """Train `steps` steps; on_step() after each. Raises RuntimeError with the end of what a failing script printed."""
+    """Train `steps` steps of a base on data; on_step() after each. more: arguments of the script.
+
+    Raises RuntimeError with the end of what a failing script printed.
+    """
     with tempfile.TemporaryDirectory() as folder, _undisturbed(), ExitStack() as stack:
         options = {
             "pretrained_model_name_or_path": base, "dataset_name": data, "output_dir": folder, "cache_dir": folder,
@@ -166,7 +171,8 @@ def captured() -> Iterator[list[Step]]:
     """The steps of the script that runs inside, as they come."""
     import diffusers
 
-    steps, modules = [Step()], []
+    steps = [Step()]
+    modules: list[torch.nn.Module] = []
     add_noise, forward = diffusers.DDPMScheduler.add_noise, diffusers.UNet2DConditionModel.forward
     logsigmoid = torch.nn.functional.logsigmoid
 

@@ -80,19 +80,19 @@ SDXL_UNET = {
 CLIP_L = _text(768, 12, 12, hidden_act="quick_gelu", projection_dim=768, **CLIP_WORDS)
 BIG_G = _text(1280, 32, 20, hidden_act="gelu", projection_dim=1280, **CLIP_WORDS)
 SCALES = {
-    "tiny": Scale(TINY_UNET, _vae((32, 64, 128)), [_text(96, 2, 4, **SPECIAL)], 64, 4),
-    "tiny-vae": Scale(TINY_UNET, _vae((64, 128, 128)), [_text(96, 2, 4, **SPECIAL)], 64, 4),
+    "tiny": Scale(TINY_UNET, _vae((32, 64, 128)), [_text(96, 2, 4, **SPECIAL)], pixels=64, batch=4),
+    "tiny-vae": Scale(TINY_UNET, _vae((64, 128, 128)), [_text(96, 2, 4, **SPECIAL)], pixels=64, batch=4),
     "tiny-xl": Scale(
         TINY_XL_UNET, _vae((32, 64, 128)),
-        [_text(64, 2, 4, **SPECIAL), _text(32, 2, 4, projection_dim=32, **SPECIAL)], 64, 4,
+        [_text(64, 2, 4, **SPECIAL), _text(32, 2, 4, projection_dim=32, **SPECIAL)], pixels=64, batch=4,
     ),
     "sd15": Scale(
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        _vae((128, 256, 512, 512), 2, sample_size=512), [CLIP_L], 512, 16, ALL_MERGES,
+        _vae((128, 256, 512, 512), 2, sample_size=512), [CLIP_L], pixels=512, batch=16, merges=ALL_MERGES,
     ),
     "sdxl": Scale(
-        SDXL_UNET, _vae((128, 256, 512, 512), 2, sample_size=1024, scaling_factor=0.13025), [CLIP_L, BIG_G], 1024, 8,
-        ALL_MERGES,
+        SDXL_UNET, _vae((128, 256, 512, 512), 2, sample_size=1024, scaling_factor=0.13025), [CLIP_L, BIG_G],
+        pixels=1024, batch=8, merges=ALL_MERGES,
     ),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from scoring.scorers.pair_judge import Judge
-from scoring.scorers.registry import ScorerSource, load_scorer, parse_spec
+from scoring.scorers.registry import ScorerSource, load_judge, parse_spec
 from training.model.devices import resolve_device
 from training.model.loading import load_pipeline
 from training.model.reference import ModelRef
@@ -29,7 +29,7 @@ def pipeline_for(model: ModelRef, device: str, dtype: str) -> "DiffusionPipeline
 def scorer_for(spec: str, sources: Mapping[str, ScorerSource], device: str) -> Judge:
     """One scorer as an expression writes it; sources: what the preset binds names to."""
     key = (spec, repr(sources.get(parse_spec(spec).name)), device)
-    scorer: Judge = _keep(key, lambda: load_scorer(spec, sources, resolve_device(device)))
+    scorer: Judge = _keep(key, lambda: load_judge(spec, sources, resolve_device(device)))
     return scorer
 
 

@@ -12,7 +12,7 @@ from prefect import task
 from data.captioned import Captioned, read_captioned
 from data.schema import read_metadata, score_schema
 from data.shards import read_shard, write_shard
-from scoring.scorers.pair_judge import as_scorer
+from scoring.scorers.pair_judge import is_pair_judge
 from scoring.scorers.registry import ScorerSource
 from scoring.scorers.scorer import Scorer, info_of, score_images
 from tasks.models import scorer_for
@@ -38,7 +38,9 @@ def score_set(
     Raises ParameterError when the folder holds scores of other images or captions, or by other weights.
     """
     images = read_captioned(source, caption_column)
-    judge = as_scorer(scorer_for(scorer, sources, execution.device), scorer)
+    judge = scorer_for(scorer, sources, execution.device)
+    if is_pair_judge(judge):
+        raise ParameterError(f"scorer={scorer!r}: it compares two images and cannot score a set; leave out its mode")
     starts = range(0, len(images), execution.images_per_shard)
     where = CandidateSet(target, len(starts))
     with progress(f"{scorer} scores {source}", len(images), "image") as advance:

@@ -6,7 +6,7 @@ What a user gives in a flow is only what is to differ from the preset: `Given[Tr
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -68,6 +68,10 @@ class Given(BaseModel, Generic[S]):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     group: ClassVar[type[Settings]]
+
+    if TYPE_CHECKING:  # its fields are the group's
+
+        def __init__(self, **values: Any) -> None: ...
 
     def __class_getitem__(cls, group: Any) -> Any:
         return super().__class_getitem__(group) if isinstance(group, TypeVar) else _given(group)

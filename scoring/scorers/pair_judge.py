@@ -36,13 +36,6 @@ def is_pair_judge(judge: object) -> TypeIs[PairJudge]:
     return isinstance(judge, PairJudge) and bool(getattr(judge, "compares", not isinstance(judge, Scorer)))
 
 
-def as_scorer(judge: Judge, spec: str) -> Scorer:
-    """The judge, where a score of each image is needed. Raises ValueError, naming `spec`, for a pair judge."""
-    if is_pair_judge(judge):
-        raise ValueError(f"scorer={spec!r}: it compares two images and gives none a score; leave out its mode")
-    return judge
-
-
 def compare_images(judge: PairJudge, first: Images, second: Images, prompts: Sequence[str]) -> np.ndarray:
     """Calls a pair judge and vouches for the result: float64 (n,) in [0, 1].
 

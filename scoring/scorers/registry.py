@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
 
-from scoring.scorers.pair_judge import Judge
-from scoring.scorers.scorer import ScoringError, info_of
+from scoring.scorers.pair_judge import Judge, is_pair_judge
+from scoring.scorers.scorer import Scorer, ScoringError, info_of
 
 ENTRY_POINT_GROUP = "rlaif.scorers"
 BUILTINS = {
@@ -129,8 +129,16 @@ def check_scorer(spec: str, sources: Mapping[str, ScorerSource]) -> None:
         factory.check(source)
 
 
-def load_scorer(spec: str, sources: Mapping[str, ScorerSource], device: str = "cpu") -> Judge:
-    """Builds a scorer on `device` ("cpu", "cuda", "cuda:1"); built-ins read their weights at the first score.
+def load_scorer(spec: str, sources: Mapping[str, ScorerSource], device: str = "cpu") -> Scorer:
+    """The same as `load_judge` where a score of each image is needed. Raises ValueError also for a pair judge."""
+    judge = load_judge(spec, sources, device)
+    if is_pair_judge(judge):
+        raise ValueError(f"scorer={spec!r}: it compares two images and gives none a score; leave out its mode")
+    return judge
+
+
+def load_judge(spec: str, sources: Mapping[str, ScorerSource], device: str = "cpu") -> Judge:
+    """Builds a scorer or pair judge on `device` ("cpu", "cuda", "cuda:1"); built-ins read weights at the first score.
 
     `spec`: see the top of this module. Plug-ins are called as Class(source=..., device=...), and with revision=,
     variant= and further options only where a source or the spec sets them.
@@ -210,5 +218,5 @@ def _import(path: str) -> Any:
 
 __all__ = [
     "BUILTINS", "ENTRY_POINT_GROUP", "ScorerSource", "ScoringError", "Spec", "UnknownScorer",
-    "check_scorer", "known_scorers", "load_scorer", "parse_spec",
+    "check_scorer", "known_scorers", "load_judge", "load_scorer", "parse_spec",
 ]  # fmt: skip

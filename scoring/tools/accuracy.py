@@ -24,7 +24,6 @@ from data.pictures import open_image
 from scoring.labels.combine import order
 from scoring.labels.expressions import Expression, Leaf, leaves, parse
 from scoring.labels.soft_labels import fit_scale, log_loss, preference_probability
-from scoring.scorers.pair_judge import as_scorer
 from scoring.scorers.registry import ScorerSource, known_scorers, load_scorer, parse_spec
 from scoring.scorers.scorer import Scorer, ScorerInfo, ScoringError, info_of, score_images
 from scoring.verdict.pair_statistics import (
@@ -233,7 +232,7 @@ def _report(options: argparse.Namespace) -> dict[str, object]:
     labelled = read_labelled(options.set, options.images, options.split)
     expressions = [parse(text, known_scorers(sources)) for text in options.scorer]
     specs = list(dict.fromkeys(leaf for expression in expressions for leaf in leaves(expression)))
-    scorers = [as_scorer(load_scorer(spec, sources, options.device), spec) for spec in specs]
+    scorers = [load_scorer(spec, sources, options.device) for spec in specs]
     stream = tqdm(itertools.islice(labelled, options.limit), total=options.limit, unit=" pairs", disable=None)
     scored = score_pairs(stream, scorers, options.batch_size)
     infos = {spec: info_of(scorer) for spec, scorer in zip(specs, scorers, strict=True)}

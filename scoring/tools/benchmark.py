@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from data.pictures import open_image
-from scoring.scorers.pair_judge import as_scorer
 from scoring.scorers.registry import load_scorer
 from scoring.scorers.scorer import Scorer, ScoringError, info_of, score_images
 from scoring.verdict.intervals import mean_difference_interval
@@ -158,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         items = find_items(given.images, given.prompts)
-        scorer = as_scorer(load_scorer(given.scorer, {}, given.device), given.scorer)
+        scorer = load_scorer(given.scorer, {}, given.device)
         info, scores = info_of(scorer), score_items(scorer, items, given.batch)
     except (ValueError, ScoringError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -25,7 +25,6 @@ from typing import Literal
 import numpy as np
 
 from data.pictures import open_image
-from scoring.scorers.pair_judge import as_scorer
 from scoring.scorers.registry import load_scorer
 from scoring.scorers.scorer import Scorer, ScoringError
 from scoring.tools.clauses import CLAUSES, Broken, Clause, Skipped, Trial
@@ -88,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         spec = _spec(options.spec, options.source, options.option)
         images = _images(options.images) if options.images else None
         prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else None
-        outcomes = check_contract(
-            lambda: as_scorer(load_scorer(spec, {}, options.device), spec), images, prompts, options.tolerance
-        )
+        outcomes = check_contract(lambda: load_scorer(spec, {}, options.device), images, prompts, options.tolerance)
     except (OSError, ValueError, TypeError, ScoringError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ from typing import Any
 from data.ids import scorer_slug
 from data.prompts import Prompts
 from scoring.labels.expressions import leaves, parse
-from scoring.scorers.registry import ScorerSource, check_scorer, known_scorers, load_scorer, parse_spec
+from scoring.scorers.registry import ScorerSource, check_scorer, known_scorers, load_judge, parse_spec
 from scoring.scorers.scorer import ScorerInfo, ScoringError, identities, info_of
 from tasks.record.plan import Plan
 from tasks.record.prompts import prompt_pools
@@ -56,7 +56,7 @@ def _check_scorers(recipe: Recipe) -> None:
 def _info(name: str, recipe: Recipe) -> ScorerInfo:
     """Who a scorer is: built, so that wrong arguments and damaged files are found now; weights are not loaded yet."""
     try:
-        scorer = load_scorer(name, recipe.sources(), resolve_device(recipe.execution.device))
+        scorer = load_judge(name, recipe.sources(), resolve_device(recipe.execution.device))
     except (ValueError, TypeError, OSError, ScoringError) as error:
         raise ParameterError(f"scorer or judge {name!r}: {error}") from error
     info = info_of(scorer)

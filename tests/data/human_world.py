@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +20,9 @@ def encoded(seed: int, size: tuple[int, int] = (48, 40), kind: str = "PNG") -> b
     return buffer.getvalue()
 
 
-def row(index: int, **changes: object) -> dict[str, object]:
+def row(index: int, **changes: Any) -> dict[str, Any]:
     """A row of Pick-a-Pic; winners on either side, captions shared by two rows."""
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "caption": f"picture {index // 2}", "jpg_0": encoded(2 * index, kind="JPEG"),
         "jpg_1": encoded(2 * index + 1, (36, 64)), "label_0": float(index % 2), "label_1": 1.0 - index % 2,
         "has_label": True, "are_different": True, "model_0": "a", "model_1": "b", "image_0_uid": "x",
@@ -30,7 +31,7 @@ def row(index: int, **changes: object) -> dict[str, object]:
     return values | changes
 
 
-def save(path: Path, rows: list[dict[str, object]], schema: pa.Schema = PICKAPIC) -> Path:
+def save(path: Path, rows: list[dict[str, Any]], schema: pa.Schema = PICKAPIC) -> Path:
     parquet.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=7)
     return path
 

@@ -1,41 +1,26 @@
 """Runs the flow in a process of its own, so that it can be killed."""
 
 import json
-import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ["flows.full_cycle", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "open_clip", "peft"]
-"""Imported once, in the process from which all others are forked: that takes longer than a tiny cycle."""
+from tests import processes
+from tests.flows.quiet import quiet
 
 
 def start(api_url: str, arguments: str, log: Path) -> ForkServerProcess:
-    """The flow with JSON parameters, against a running server (the same one in every call)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(HEAVY)
-    process = context.Process(target=_run, args=(arguments, str(log)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_API_URL", api_url)
-        patch.setenv("PYTHONUNBUFFERED", "1")
-        patch.setenv("PYTHONPATH", str(ROOT))  # without it Python 3.11 skips our part of the preload in silence
-        process.start()
-    return process
+    """The flow with JSON parameters, against a running server."""
+    return processes.start(_run, api_url, arguments, log=log, preload=[*processes.HEAVY, "flows.full_cycle"])
 
 
-def _run(arguments: str, log: str) -> None:
-    with open(log, "ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _run(api_url: str, arguments: str) -> None:
     from flows.full_cycle import full_cycle
 
-    full_cycle(**json.loads(arguments))
+    with quiet(api_url):
+        full_cycle(**json.loads(arguments))
 
 
 def kill_when(process: ForkServerProcess, happened: Callable[[], bool], seconds: float = 150.0) -> None:

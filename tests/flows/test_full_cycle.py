@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from training.model.reference import ModelRef
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
-def run(preset: Path, workspace: Path, **parameters: object) -> list[str]:
+def run(preset: Path, workspace: Path, **parameters: Any) -> list[str]:
     from flows.full_cycle import full_cycle
 
     reports: list[str] = full_cycle(preset=str(preset), workspace=str(workspace), **parameters)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def other_pickscore(preset: Path, folder: Path) -> Path:
     return copy
 
 
-def cycle_of(preset: Path, workspace: Path, **parameters: object) -> Path:
+def cycle_of(preset: Path, workspace: Path, **parameters: Any) -> Path:
     from flows.full_cycle import full_cycle
 
     return Path(full_cycle(preset=str(preset), workspace=str(workspace), **parameters)[0]).parent
@@ -146,8 +147,9 @@ def test_a_cycle_is_labelled_anew_by_the_flow(first: Path) -> None:
     from flows.score import score
 
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*.arrow")}
+    pairing: Any = {"rule": "all-pairs"}  # as from the command line
     for scorer in ("pickscore", "hpsv2"):
-        folder = Path(score(str(first), scorer=scorer, pairing={"rule": "all-pairs"}))
+        folder = Path(score(str(first), scorer=scorer, pairing=pairing))
         verify(folder, "deep")
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert (first / "report.html").read_text().count("<td>brightness<small>") == 2
@@ -233,9 +235,13 @@ def test_a_folder_of_pictures_is_scored(tiny_preset: Path, tmp_path: Path) -> No
     for index, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{index:02d}.png")
         (folder / f"{index:02d}.txt").write_text(f"picture {index}")
-    parameters = {"scorer": "mean(pickscore,hpsv2)", "preset": str(tiny_preset), "output": str(tmp_path / "out")}
+    parameters: dict[str, Any] = {
+        "scorer": "mean(pickscore,hpsv2)",
+        "preset": str(tiny_preset),
+        "output": str(tmp_path / "out"),
+    }
     path = Path(score(str(folder), **parameters))
-    rows = list(csv.DictReader(path.open()))
+    rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [row["prompt"] for row in rows] == [f"picture {i}" for i in range(14)]
     for name in ("pickscore", "hpsv2"):
         scorer = load_scorer(name, {name: ScorerSource(str(tiny_preset.parent / name))})

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pairs(tmp_path_factory.mktemp("pairs") / "preferences")
 
 
-def run(preset: Path, workspace: Path, pairs: Path | str, **parameters: object) -> Path:
+def run(preset: Path, workspace: Path, pairs: Path | str, **parameters: Any) -> Path:
     from flows.train import train
 
     return Path(train(str(pairs), preset=str(preset), workspace=str(workspace), **parameters))
@@ -167,7 +168,7 @@ def test_sdxl_is_told_each_pictures_own_size_and_crop(
     base, told = str(save_sdxl(tmp_path / "xl")), []
     predict = StableDiffusionXL.predict
 
-    def listen(self: StableDiffusionXL, *inputs: object) -> torch.Tensor:
+    def listen(self: StableDiffusionXL, *inputs: Any) -> torch.Tensor:
         told.append(next(each for each in inputs if isinstance(each, Conditions)).time_ids)
         return predict(self, *inputs)
 
@@ -202,7 +203,7 @@ def test_sdxl_is_told_each_pictures_own_size_and_crop(
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(
-    tiny_preset: Path, pairs: Path, tmp_path: Path, parameters: dict[str, object], message: str
+    tiny_preset: Path, pairs: Path, tmp_path: Path, parameters: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(Exception, match=message):
         run(tiny_preset, tmp_path, **{"pairs": pairs, **parameters})

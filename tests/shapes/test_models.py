@@ -5,6 +5,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -14,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from bench.agreement import fresh_pictures, oracle_scores, pairwise, wilson
+from bench.agreement import fresh_pictures, oracle_scores, ranked_pairs, share
 from shapes.generate import DEFAULT_GUIDANCE, DEFAULT_STEPS
 from shapes.prompts import COUNTS, read_set
 from shapes.scorers import JUDGES, load_judge, score, standardise
 from shapes.stage import MODELS
 from shapes.tokenizer import CONTEXT, OPEN_CLIP_FILE
+
+pytestmark = pytest.mark.numerical
 
 PROMPTS, EACH = 64, 4  # of the tuning set
 
@@ -94,9 +97,9 @@ def test_agreement_is_measured_as_the_recipe_samples() -> None:
 @pytest.mark.parametrize("name", list(JUDGES))
 def test_judges_agree_with_the_oracle(name: str, pictures: Tensor, captions: list[str]) -> None:
     guess = score(load_judge(name, MODELS / name), pictures, captions).view(PROMPTS, EACH)
-    right, pairs = pairwise(guess, oracle_scores(pictures, captions).view(PROMPTS, EACH))
-    assert pairs > 80
-    assert right / pairs > FLOOR[name]
+    outcomes, _ = ranked_pairs(guess, oracle_scores(pictures, captions).view(PROMPTS, EACH))
+    assert len(outcomes) > 80
+    assert outcomes.mean() > FLOOR[name]
 
 
 @pytest.mark.slow
@@ -107,8 +110,8 @@ def test_judges_reach_four_pairs_in_five_on_held_out_prompts(name: str) -> None:
     captions = [prompt for prompt in prompts for _ in range(4)]
     images = fresh_pictures(prompts, 4, 9001)
     guess = score(load_judge(name, MODELS / name), images, captions).view(-1, 4)
-    right, pairs = pairwise(guess, oracle_scores(images, captions).view(-1, 4))
-    assert right / pairs > 0.80
+    outcomes, _ = ranked_pairs(guess, oracle_scores(images, captions).view(-1, 4))
+    assert outcomes.mean() > 0.80
 
 
 def test_judges_differ(pictures: Tensor, captions: list[str]) -> None:
@@ -158,16 +161,20 @@ def test_tokenizers_agree() -> None:
         assert [row + [0] * (CONTEXT - len(row)) for row in rows] == open_ids.tolist()
 
 
-def test_wilson_interval() -> None:
-    """8 of 10 at z = 1.96: ((0.8 + 0.19208) -+ 1.96 sqrt(0.016 + 0.009604)) / 1.38416 = .490, .943."""
-    assert wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)
-    assert wilson(0, 0) == (0.0, 1.0)
+def test_shares_have_both_intervals() -> None:
+    """8 of 10: ((0.8 + 0.19208) -+ 1.96 sqrt(0.016 + 0.009604)) / 1.38416 = .490, .943; two prompts say far less."""
+    outcomes = np.repeat([1.0, 0.0], [8, 2])
+    told = share(outcomes, ["a"] * 5 + ["b"] * 5)
+    assert told.startswith("0.800 [0.490, 0.943] n=10, by 2 prompts [")
+    low, high = map(float, told.rpartition("[")[2].rstrip("]").split(","))
+    assert low < 0.3 and high > 0.95
 
 
-def test_pairwise_counts_ties_half_and_skips_equal_truths() -> None:
+def test_ranked_pairs_count_ties_half_and_skips_equal_truths() -> None:
     """Truth 1 > .5 twice, .5 = .5 skipped: right once, tied once: 1.5 of 2."""
     guess, truth = torch.tensor([[3.0, 1.0, 3.0]]), torch.tensor([[1.0, 0.5, 0.5]])
-    assert pairwise(guess, truth) == (1.5, 2)
+    outcomes, prompts = ranked_pairs(guess, truth)
+    assert sorted(outcomes.tolist()) == [0.5, 1.0] and prompts == ["0", "0"]
 
 
 BAND = (0.45, 0.80)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ class Brighter:
         return 1 / (1 + np.exp(-np.array(gaps)))
 
 
-def scored(cycle: PlannedCycle, part: Part, judge: object) -> tuple[np.ndarray, np.ndarray]:
+def scored(cycle: PlannedCycle, part: Part, judge: Any) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the first shard, and the mean brightness of its pictures."""
     table = read_shard(cycle.part(part).candidates(0))
     images = [open_image(row["bytes"]) for row in table["image"].to_pylist()]

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -71,7 +72,11 @@ def test_latents_and_embeddings_are_the_base_models_own(job: Import) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(job.model.base)
     for given, kept in zip(ROWS[:3], first, strict=True):
         for side, (tall, wide) in enumerate([(38, 32), (32, 57)]):  # the shorter side becomes 32
-            picture = Image.open(io.BytesIO(given[f"jpg_{side}"])).convert("RGB").resize((wide, tall), Image.LANCZOS)
+            picture = (
+                Image.open(io.BytesIO(given[f"jpg_{side}"]))
+                .convert("RGB")
+                .resize((wide, tall), Image.Resampling.LANCZOS)
+            )
             top, left = (tall - 32) // 2, (wide - 32) // 2
             pixels = np.asarray(picture)[top : top + 32, left : left + 32].astype(np.float32) / 127.5 - 1
             with torch.no_grad():
@@ -157,7 +162,7 @@ def test_the_first_so_many_pairs(job: Import, tiny_preset: Path, tmp_path: Path)
 def test_any_source_gives_the_same_rows(job: Import, tmp_path: Path) -> None:
     """Parquet, both Arrow formats, `datasets` pictures, and a stream as from the hub; from any row on."""
 
-    def seen(rows: object) -> list[tuple[object, ...]]:
+    def seen(rows: Any) -> list[tuple[object, ...]]:
         return [tuple(each[name] for name in GIVEN) for each in rows]
 
     expected = seen(ROWS)

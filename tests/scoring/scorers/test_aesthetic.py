@@ -19,6 +19,8 @@ from scoring.scorers.registry import check_scorer, load_scorer
 from scoring.scorers.scorer import ScoringError
 from scoring.tools.convert import convert
 
+pytestmark = pytest.mark.numerical
+
 WIDTH = 16
 GREY = [np.full((20, 30, 3), 90, dtype=np.uint8)]
 
@@ -93,7 +95,7 @@ def test_the_published_layout_fits() -> None:
 def test_the_prompt_is_ignored_and_info_says_so(head_folder: Path, variant: str, pickscore_folder: Path) -> None:
     scorer = _scorer(head_folder, pickscore_folder, variant)
     a, b = scorer.score(GREY * 2, ["a cat", "nothing of the kind"])
-    assert a == b
+    assert a == pytest.approx(b, rel=0, abs=5e-6)  # a row's place in a batch may change its last digit
     info = scorer.info
     assert (info.name, info.version, info.unit, info.needs_prompt) == ("aesthetic", variant, "points", False)
     assert info.preference_scale is None and info.lowest is None and info.highest is None

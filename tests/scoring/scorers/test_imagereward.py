@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -16,11 +17,14 @@ from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Norma
 from scoring.scorers.blip import TEXT_SIZES, VISION_SIZES, load_tokenizer
 from scoring.scorers.imagereward import MAX_TOKENS, ImageReward, normalised, resized
 from scoring.scorers.registry import ScorerSource, load_scorer
-from scoring.scorers.scorer import ScoringError
+from scoring.scorers.scorer import Scorer, ScoringError
 from scoring.scorers.sources import Snapshot, local_copy
+from tests.rounding import of_networks
+
+pytestmark = pytest.mark.numerical
 
 GOLDEN = Path(__file__).parent / "golden" / "imagereward.json"
-TEXT = {
+TEXT: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "max_position_embeddings": 40, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "add_cross_attention": True,
     "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pad_token_id": 0, "encoder_width": 768,
@@ -32,7 +36,7 @@ VISION = {
 WORDS = [
     "the", "red", "blue", "green", "circle", "square", "two", "on", "of", "café", "cat", "kings", "wear", "crown",
 ]  # fmt: skip
-ROUNDING = 1e-5
+ROUNDING = of_networks(3.0, 50)
 """Of float32 scores between 1 and 3: chunks, threads, and where tensors lie in memory change the last digits."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -137,7 +141,7 @@ def folder(state: dict, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def scorer(folder: Path) -> Iterator[ImageReward]:
+def scorer(folder: Path) -> Iterator[Scorer]:
     scorer = load_scorer("imagereward", {"imagereward": ScorerSource(str(folder))})
     yield scorer
     scorer.close()
@@ -148,7 +152,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def test_scores_equal_those_of_the_published_code(scorer: ImageReward, folder: Path) -> None:
+def test_scores_equal_those_of_the_published_code(scorer: Scorer, folder: Path) -> None:
     """The published repository, run once on these weights, images and prompts; see `made_with` in the file."""
     golden = json.loads(GOLDEN.read_text())
     tokenizer = load_tokenizer(folder / "vocab.txt", len(VOCABULARY) + 2)
@@ -156,12 +160,12 @@ def test_scores_equal_those_of_the_published_code(scorer: ImageReward, folder: P
     assert tokenizer(TEXTS, padding="max_length", truncation=True, max_length=MAX_TOKENS).input_ids == padded
     images = made_up_images()
     assert np.ptp(golden["scores"]) > 0.5 and np.ptp(golden["scores_of_the_first_image"]) > 0.5
-    np.testing.assert_allclose(scorer.score(images, TEXTS), golden["scores"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scorer.score(images, TEXTS), golden["scores"], rtol=0, atol=ROUNDING)
     of_first = scorer.score([images[0]] * len(TEXTS), TEXTS)
-    np.testing.assert_allclose(of_first, golden["scores_of_the_first_image"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(of_first, golden["scores_of_the_first_image"], rtol=0, atol=ROUNDING)
 
 
-def network_output(state: Mapping, image: np.ndarray, ids: list[int]):
+def network_output(state: Mapping, image: np.ndarray, ids: list[int]) -> float:
     """One picture (3, 224, 224) of normalised pixels and one prompt, from the papers, in float64.
 
     ViT (arXiv:2010.11929, equations 1 to 4, norms before the sublayers), BERT with norms behind them
@@ -171,18 +175,18 @@ def network_output(state: Mapping, image: np.ndarray, ids: list[int]):
 
     weights = {name: tensor.double() for name, tensor in state.items()}
 
-    def linear(name: str, x):
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
-    def norm(name: str, x, epsilon: float):
+    def norm(name: str, x: torch.Tensor, epsilon: float) -> torch.Tensor:
         centred = x - x.mean(-1, keepdim=True)
         scaled = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    def gelu(x):
+    def gelu(x: torch.Tensor) -> torch.Tensor:
         return x * (1 + torch.erf(x / math.sqrt(2))) / 2
 
-    def attend(query, key, value, heads: int):
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
         outputs = []
         for q, k, v in zip(*(x.chunk(heads, -1) for x in (query, key, value)), strict=True):
             outputs.append(torch.softmax(q @ k.T / math.sqrt(q.shape[-1]), -1) @ v)
@@ -197,7 +201,7 @@ def network_output(state: Mapping, image: np.ndarray, ids: list[int]):
     for index in range(VISION["num_hidden_layers"]):
         block = f"{root}.blocks.{index}"
         qkv = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x, 1e-6)).chunk(3, -1)
-        x = x + linear(f"{block}.attn.proj", attend(*qkv, VISION["num_attention_heads"]))
+        x = x + linear(f"{block}.attn.proj", attend(qkv[0], qkv[1], qkv[2], VISION["num_attention_heads"]))
         x = x + linear(f"{block}.mlp.fc2", gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x, 1e-6))))
     seen = norm(f"{root}.norm", x, 1e-6)
 
@@ -236,7 +240,7 @@ def published_pixels(image: np.ndarray) -> np.ndarray:
     return transform(PIL.Image.fromarray(image)).numpy()
 
 
-def test_scores_equal_the_formulas_of_the_papers(scorer: ImageReward, state: dict) -> None:
+def test_scores_equal_the_formulas_of_the_papers(scorer: Scorer, state: dict) -> None:
     """And sigmoid(preference_scale * difference) is the preference the network was trained for, equation 1."""
     prompts = ["red circle", "", "the cat of kings", "wear crown square " * 15, "on", "cat"] + ["blue"] * 4
     images = made_up_images()
@@ -246,10 +250,11 @@ def test_scores_equal_the_formulas_of_the_papers(scorer: ImageReward, state: dic
         [network_output(state, published_pixels(image), row) for image, row in zip(images, ids, strict=True)]
     )
     scores = scorer.score(images, prompts)
-    np.testing.assert_allclose(scores, (outputs - 0.16717362830052426) / 1.0333394966054072, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(scores, (outputs - 0.16717362830052426) / 1.0333394966054072, rtol=0, atol=ROUNDING)
     assert np.ptp(outputs) > 0.5 and scores.dtype == np.float32
+    assert scorer.info.preference_scale is not None
     odds = scorer.info.preference_scale * (float(scores[0]) - float(scores[1]))
-    assert odds == pytest.approx(outputs[0] - outputs[1], abs=1e-5)
+    assert odds == pytest.approx(outputs[0] - outputs[1], abs=ROUNDING)
 
 
 def test_pixels_equal_the_published_transform(images: list[np.ndarray]) -> None:
@@ -261,7 +266,7 @@ def test_pixels_equal_the_published_transform(images: list[np.ndarray]) -> None:
         np.testing.assert_array_equal(normalised(resized(tensor, 224))[0].numpy(), expected)
 
 
-def test_a_score_depends_on_its_own_image_and_prompt_alone(scorer: ImageReward, folder: Path) -> None:
+def test_a_score_depends_on_its_own_image_and_prompt_alone(scorer: Scorer, folder: Path) -> None:
     images, together = made_up_images(), scorer.score(made_up_images(), TEXTS)
     order = np.random.default_rng(1).permutation(len(TEXTS))
     shuffled = scorer.score([images[i] for i in order], [TEXTS[i] for i in order])
@@ -271,13 +276,13 @@ def test_a_score_depends_on_its_own_image_and_prompt_alone(scorer: ImageReward, 
         np.testing.assert_allclose(chunked, together, rtol=0, atol=ROUNDING)
 
 
-def test_a_tensor_scores_as_its_arrays_do(scorer: ImageReward) -> None:
+def test_a_tensor_scores_as_its_arrays_do(scorer: Scorer) -> None:
     images = made_up_images([(40, 56)] * 3)
     tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     np.testing.assert_array_equal(scorer.score(tensor, TEXTS[:3]), scorer.score(images, TEXTS[:3]))
 
 
-def test_what_of_a_prompt_counts(scorer: ImageReward) -> None:
+def test_what_of_a_prompt_counts(scorer: Scorer) -> None:
     """Its first 33 word pieces, whatever their case and accents; an empty prompt is a prompt."""
     image, words = made_up_images([(50, 60)]), "red cat " * 16
 
@@ -290,7 +295,7 @@ def test_what_of_a_prompt_counts(scorer: ImageReward) -> None:
     assert math.isfinite(score("")) and score("") != score("the")
 
 
-def test_all_forms_of_the_files_score_the_same(scorer: ImageReward, state: dict, copy: Path) -> None:
+def test_all_forms_of_the_files_score_the_same(scorer: Scorer, state: dict, copy: Path) -> None:
     """A pickle, tokenizer.json, and the unused tensors left out."""
     used = {name: tensor for name, tensor in state.items() if "_proj." not in name and "position_ids" not in name}
     assert len(state) - len(used) == 5
@@ -304,7 +309,7 @@ def test_all_forms_of_the_files_score_the_same(scorer: ImageReward, state: dict,
     np.testing.assert_allclose(found, wanted, rtol=0, atol=ROUNDING)
 
 
-def test_half_precision_weights_are_computed_with_in_float32(scorer: ImageReward, state: dict, copy: Path) -> None:
+def test_half_precision_weights_are_computed_with_in_float32(scorer: Scorer, state: dict, copy: Path) -> None:
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     save_file(halves, copy / "ImageReward.safetensors")
     other = ImageReward(str(copy)).load()
@@ -415,7 +420,7 @@ def test_the_hub_repository_takes_its_vocabulary_from_bert(
     np.testing.assert_allclose(scorer.score(image, ["red cat"]), local.score(image, ["red cat"]), rtol=0, atol=ROUNDING)
 
 
-def test_the_fingerprint_covers_every_file_and_the_digest_the_weights(scorer: ImageReward, copy: Path) -> None:
+def test_the_fingerprint_covers_every_file_and_the_digest_the_weights(scorer: Scorer, copy: Path) -> None:
 
     info = scorer.info
     assert (info.unit, info.lowest, info.highest, info.licence) == ("reward", None, None, "Apache-2.0")

@@ -15,6 +15,8 @@ from scoring.scorers.pickscore import PickScore
 from scoring.scorers.scorer import ScoringError
 from scoring.scorers.transformers_clip import projected
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(scope="module")
 def real(pickscore_folder: Path) -> tuple[CLIPModel, CLIPProcessor]:

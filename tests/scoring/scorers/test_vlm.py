@@ -122,6 +122,10 @@ def completion(text: str | None, reason: str = "stop") -> tuple[int, dict[str, s
     return 200, {}, json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": reason}]})
 
 
+def always(reply: Reply) -> Callable[[Request], Reply]:
+    return lambda request: reply
+
+
 def brightness(image: np.ndarray) -> float:
     """0 for black, 10 for white."""
     return float(image.mean() / 25.5)
@@ -146,6 +150,22 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scoring.scorers.vlm.endpoint.BACKOFF", 0.01)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Connections of judges that a test leaves open."""
+    clients: list[httpx.Client] = []
+
+    class Noted(httpx.Client):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            clients.append(self)
+
+    monkeypatch.setattr(httpx, "Client", Noted)
+    yield
+    for client in clients:
+        client.close()
 
 
 @pytest.fixture
@@ -363,7 +383,7 @@ def test_attempts(attempts: int, value: float | None, server: Server) -> None:
 def test_an_answer_that_is_cut_off_is_none(judge: VisionLanguageJudge, server: Server) -> None:
     """ "Rating: 1" may be the start of "Rating: 10"; thoughts without an answer come as null."""
     for text in ("Rating: 1", None):
-        server.rule = lambda request, text=text: completion(text, "length")
+        server.rule = always(completion(text, "length"))
         with pytest.raises(ScoringError, match="cut off at max_tokens=512"):
             judge.score([grey(1)], ["x"])
 
@@ -525,7 +545,7 @@ def _everything(scorer: VisionLanguageJudge, error: BaseException | None) -> str
 
 @pytest.mark.parametrize(("variable", "options"), [("OPENAI_API_KEY", {}), ("MY_KEY", {"api_key_env": "MY_KEY"})])
 def test_the_key_is_sent_and_never_shown(
-    variable: str, options: dict[str, str], server: Server, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    variable: str, options: dict[str, Any], server: Server, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     """Not even by a server that repeats it; a line break at its end, as files have it, is no part of it."""
     caplog.set_level("DEBUG")
@@ -535,8 +555,9 @@ def test_the_key_is_sent_and_never_shown(
     assert scorer.info == plain.info
     scorer.score([grey(1)], ["x"])
     assert server.requests[0].key == f"Bearer {KEY}"
-    for reply in ((401, {}, f"wrong key {KEY}"), (500, {}, KEY), f"my key is {KEY}", (200, {}, KEY)):
-        server.rule = lambda request, reply=reply: reply
+    replies: list[Reply] = [(401, {}, f"wrong key {KEY}"), (500, {}, KEY), f"my key is {KEY}", (200, {}, KEY)]
+    for reply in replies:
+        server.rule = always(reply)
         with pytest.raises(ScoringError, match=r"\*\*\*") as caught:
             scorer.score([grey(1)], ["x"])
         assert KEY not in _everything(scorer, caught.value)
@@ -718,7 +739,7 @@ def trained(untrained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     """The same LLaVA, trained to rate by colour and to prefer blue to red; and the options to ask it with."""
     folder = Path(shutil.copytree(untrained, tmp_path_factory.mktemp("trained") / "llava"))
     (folder / "instruction.txt").write_text(SHORT)
-    options = {"instruction": str(folder / "instruction.txt"), "max_tokens": 8}
+    options: dict[str, Any] = {"instruction": str(folder / "instruction.txt"), "max_tokens": 8}
     rater, comparer = (VisionLanguageJudge(str(folder), mode=mode, **options) for mode in TASKS)
     rater.load()
     _train(rater, comparer)
@@ -730,7 +751,8 @@ def _train(rater: VisionLanguageJudge, comparer: VisionLanguageJudge) -> None:
     """Until ten steps in a row are nearly without error; that takes about a hundred."""
     import torch
 
-    rng, model, losses = np.random.default_rng(0), rater._model._model, [9.0]
+    rng, losses = np.random.default_rng(0), [9.0]
+    model: Any = rater._model._model
     model.model.vision_tower.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     while max(losses[-10:]) > 0.02:

@@ -56,7 +56,7 @@ def test_imagereward_is_the_published_rule() -> None:
             if ranks[i] != ranks[j]:
                 better, worse = (i, j) if ranks[i] < ranks[j] else (j, i)
                 counted, right = counted + 1, right + int(scores[better] > scores[worse])
-        pairs.append(ranking_pairs(scores, ranks))
+        pairs.append(ranking_pairs(scores.tolist(), ranks.tolist()))
     order, label = (np.concatenate(column) for column in zip(*pairs, strict=True))
     assert imagereward_accuracy(order, label) == pytest.approx(right / counted)
     assert math.isnan(imagereward_accuracy(np.ones(2), np.full(2, 0.5)))
@@ -69,7 +69,7 @@ def test_hpdv2_is_kendalls_tau_of_each_prompt() -> None:
     expected, pairs, groups = [], [], []
     for number, (scores, ranks) in enumerate(rankings(ties=False)):
         expected.append((1 + kendalltau(scores, -ranks).statistic) / 2)
-        pairs.append(ranking_pairs(scores, ranks))
+        pairs.append(ranking_pairs(scores.tolist(), ranks.tolist()))
         groups += [str(number)] * len(pairs[-1][0])
     order, label = (np.concatenate(column) for column in zip(*pairs, strict=True))
     assert hpdv2_accuracy(order, label, groups) == pytest.approx(np.mean(expected))

@@ -67,8 +67,8 @@ def test_the_published_checkpoint_of_hpsv2_converts(
     torch.save({"epoch": 1, "state_dict": hpsv2_state}, before / "open_clip_model.pt")
     convert(before / "open_clip_model.pt", after / "open_clip_model.safetensors")
     captions = ["a red circle"] * 3
-    scores = [HPSv2(str(folder)).score(images[:3], captions) for folder in (before, after)]
-    np.testing.assert_array_equal(*scores)
+    one, other = (HPSv2(str(folder)).score(images[:3], captions) for folder in (before, after))
+    np.testing.assert_array_equal(one, other)
 
 
 def test_digests_and_origin_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """What is refused before anything is computed, and which run a start resumes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,16 +81,14 @@ def test_wrong_names_are_refused(tiny_preset: Path, tmp_path: Path, flat: dict[s
         ),
     ],
 )
-def test_wrong_settings_are_refused(
-    tiny_preset: Path, tmp_path: Path, section: dict[str, Given[Settings]], message: str
-) -> None:
+def test_wrong_settings_are_refused(tiny_preset: Path, tmp_path: Path, section: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check(changed(tiny_preset, **section), tmp_path)
 
 
 def test_soft_labels_need_scorers_that_say_how_sure_they_are(tiny_preset: Path, tmp_path: Path) -> None:
     """pickscore has a scale of its own; the oracle has none."""
-    soft = {"training": GivenTraining(soft_labels=True)}
+    soft: dict[str, Any] = {"training": GivenTraining(soft_labels=True)}
     check(changed(tiny_preset, **soft), tmp_path)
     oracle = changed(tiny_preset, {"scorer": "shapes.oracle:Oracle"}, **soft)
     with pytest.raises(ParameterError, match=r"training\.soft_labels=true.*preference_scale of shapes\.oracle:Oracle"):

@@ -17,6 +17,8 @@ from training.model.families import FAMILIES
 from training.model.loading import fuse_adapter
 from training.model.reference import ADAPTER_FILE, ModelError
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from training.loop.ema import Ema
 from training.loop.optimizers import OPTIMIZERS, SCHEDULES, check_optimizer, learning_rate, make_optimizer
 
+pytestmark = pytest.mark.numerical
+
 HERE = [name for name in OPTIMIZERS if name != "adamw-8bit"]  # that one needs a package of its own
 RUNS = st.tuples(st.sampled_from(SCHEDULES), st.integers(1, 400), st.integers(0, 100), st.floats(1e-9, 1.0))
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-PACKAGES = ("training", "scoring", "tasks", "flows", "shapes", "recipes", "tests")
+PACKAGES = ("data", "training", "scoring", "tasks", "flows", "shapes", "recipes", "tests")
 
 
 class Bug(NamedTuple):

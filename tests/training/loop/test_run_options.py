@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from data.shards import ShardError
+from tests.rounding import of_errors, of_margins
 from tests.training.worlds import make_plan
 from training.loop import launch as launching
 from training.loop.dataset import PreferencePairs, positions_of_step, share_of
@@ -36,7 +37,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_in(world: Path, output: Path, **changes: object) -> TrainingPlan:
+def plan_in(world: Path, output: Path, **changes: Any) -> TrainingPlan:
     return make_plan(world, **changes).changed(output=str(output))
 
 
@@ -89,7 +90,8 @@ def test_a_resumed_run_is_bit_equal_whatever_it_keeps(world: Path, tmp_path: Pat
     assert whole.keys() == cut.keys() and len(whole) > 10
     for key, tensor in whole.items():
         assert torch.equal(tensor.nan_to_num(-1), cut[key].nan_to_num(-1)), key
-    rows = [[json.loads(line) for line in (tmp_path / side / "metrics.jsonl").open()] for side in ("whole", "cut")]
+    lines = [(tmp_path / side / "metrics.jsonl").read_text().splitlines() for side in ("whole", "cut")]
+    rows = [[json.loads(line) for line in side] for side in lines]
     for row in (*rows[0], *rows[1]):
         del row["pairs_per_second"]
     assert rows[0] == rows[1]
@@ -111,9 +113,10 @@ def count_reference_rows(run: Run) -> list[int]:
     return rows
 
 
+@pytest.mark.numerical
 def test_kept_errors_replace_the_reference_and_change_nothing(world: Path, tmp_path: Path) -> None:
     """With one draw, epochs after the first see the same noise: no reference row, and the errors of a fresh pass."""
-    kept = Run(plan_in(world, tmp_path, noise_draws=1))
+    kept = Run(plan_in(world, tmp_path, noise_draws=1, beta=200.0, learning_rate=1e-2))
     rows = count_reference_rows(kept)
     for step in range(3):  # 12 pairs, 4 a step: one epoch
         kept.step(step)
@@ -124,8 +127,10 @@ def test_kept_errors_replace_the_reference_and_change_nothing(world: Path, tmp_p
     kept.loss.kept = None
     fresh = kept.loss(batch)
     assert sum(rows) == 32
-    torch.testing.assert_close(found.loss, fresh.loss, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found.metrics["margin"], fresh.metrics["margin"], rtol=1e-4, atol=1e-4)
+    allowed = of_margins(100.0, 1.5, 256)
+    torch.testing.assert_close(found.loss, fresh.loss, rtol=0, atol=allowed)
+    torch.testing.assert_close(found.metrics["margin"], fresh.metrics["margin"], rtol=0, atol=allowed)
+    assert fresh.metrics["margin"].abs().max() > 100 * allowed
 
 
 def test_only_what_is_missing_is_asked_of_the_reference(world: Path, tmp_path: Path) -> None:
@@ -144,6 +149,7 @@ def test_draws_repeat_after_as_many_as_asked_for(world: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.numerical
 def test_a_refreshed_reference_is_what_the_policy_was(world: Path, tmp_path: Path, method: str) -> None:
     run = Run(plan_in(world, tmp_path, method=method, refresh_reference=2, learning_rate=1e-2, beta=20.0))
     inputs = (torch.ones(1, 4, 8, 8), torch.tensor([5]), torch.ones(1, 77, 16))
@@ -166,6 +172,7 @@ def test_a_refreshed_reference_is_what_the_policy_was(world: Path, tmp_path: Pat
     assert metrics["loss"] == pytest.approx(np.log(2), abs=1e-4)
 
 
+@pytest.mark.numerical
 def test_the_average_is_what_is_exported(world: Path, tmp_path: Path) -> None:
     run = Run(plan_in(world, tmp_path, ema=0.999))
     name, weight = next((name, weight) for name, weight in run.policy.weights().items() if "lora_B" in name)
@@ -236,6 +243,7 @@ def test_dropped_prompts_are_dropped_for_both_sides_at_the_rate_asked_for(world:
     assert share == pytest.approx(0.25, abs=0.13)  # 192 draws, each seen by both networks: 4 standard errors
 
 
+@pytest.mark.numerical
 def test_accumulation_over_uneven_passes_is_one_batch(world: Path, tmp_path: Path) -> None:
     runs = [Run(plan_in(world, tmp_path, batch_size=5, micro_batch_size=size, max_grad_norm=1e9)) for size in (5, 2)]
     assert [len(batch.draws) for batch in runs[1]._batches(0)] == [2, 2, 1]
@@ -255,6 +263,7 @@ def test_processes_read_equally_many_and_count_each_place_once(count: int, proce
 def test_two_processes_train_what_one_does(world: Path, tmp_path: Path) -> None:
     """gloo on two CPU processes; with kept reference errors and held-out pairs, whose sums cross the processes."""
     changes: dict[str, Any] = {"steps": 4, "noise_draws": 1, "heldout_share": 0.3, "heldout_every": 2, "beta": 200.0}
+    changes["max_grad_norm"] = 1e-2  # Adam's epsilon then hides what rounding does where a gradient is next to nothing
     seen: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     for processes in (1, 2):
         plan = plan_in(world, tmp_path / str(processes), micro_batch_size=2 // processes, **changes)
@@ -266,7 +275,8 @@ def test_two_processes_train_what_one_does(world: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(*(each["values"] for each in kept), rtol=1e-4, atol=1e-5, equal_nan=True)
     for name in ("loss", "grad_norm", "winner_error_delta", "heldout_implicit_accuracy"):
         told = [[metrics.get(name) for metrics in seen[processes]] for processes in (1, 2)]
-        assert told[1] == [value if value is None else pytest.approx(value, rel=1e-3, abs=1e-6) for value in told[0]]
+        allowed = of_errors(1.5, 256) if name.endswith("delta") else of_margins(100.0, 1.5, 256)
+        assert told[1] == [value if value is None else pytest.approx(value, rel=0, abs=allowed) for value in told[0]]
 
 
 def test_a_process_that_fails_says_why(world: Path, tmp_path: Path) -> None:
@@ -305,6 +315,7 @@ def test_an_offloaded_reference_is_the_same(world: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.numerical
 def test_gradient_checkpointing_changes_no_gradient(world: Path, tmp_path: Path, method: str) -> None:
     runs = [Run(plan_in(world, tmp_path, method=method, gradient_checkpointing=on)) for on in (False, True)]
     metrics = [run.step(0) for run in runs]

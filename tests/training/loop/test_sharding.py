@@ -3,8 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.record.recipe import read_preset
+from tests.processes import run_together
+from tests.training.together import train_in_two
 from tests.training.worlds import make_plan
 from training.adapter.lora import Lora
 from training.loop.checkpoint import CheckpointRecord
 from training.loop.launch import launch
-from training.loop.sharding import blocks, check_sharding, gather, put, spread_states, whole
+from training.loop.run import Run
+from training.loop.sharding import blocks, check_sharding, gather, is_sharded, put, spread_states, whole
 from training.model.loading import load_network
 from training.model.reference import ModelRef
 from training.plan import TrainingPlan
@@ -64,12 +66,13 @@ def test_sharded_processes_train_what_one_does(world: Path, tmp_path: Path, meth
     changes = CHANGES[method]
     launch(plan_in(world, tmp_path / "one", micro_batch_size=2, **changes), 1, lambda *_: None)
     sharded = plan_in(world, tmp_path / "two", micro_batch_size=1, shard=True, **changes)
-    launch(sharded, 2, lambda *_: None)
+    train_in_two(sharded)
     assert difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert told_of(tmp_path / "two") == pytest.approx(told_of(tmp_path / "one"), rel=1e-3)
     cut = tmp_path / "cut"
     _cut_to(tmp_path / "two", cut, 2)
-    launch(plan_in(world, cut, micro_batch_size=2 // finishing, shard=True, **changes), finishing, lambda *_: None)
+    rest = plan_in(world, cut, micro_batch_size=2 // finishing, shard=True, **changes)
+    launch(rest, 1, lambda *_: None) if finishing == 1 else train_in_two(rest)
     assert difference(cut, tmp_path / "two") < (1e-5 if finishing == 1 else 1e-7)
     assert told_of(cut) == pytest.approx(told_of(tmp_path / "two"), rel=1e-3)
 
@@ -82,28 +85,22 @@ def _cut_to(source: Path, target: Path, step: int) -> None:
     (target / "metrics.jsonl").write_text("".join(lines[:step]))
 
 
-PROBE = """
-import json, os, sys
-from dataclasses import replace
-from pathlib import Path
-from training.plan import TrainingPlan
-from training.loop.run import Run
-from training.loop.sharding import is_sharded
-Run(TrainingPlan.read(Path(sys.argv[1])).changed(method="lora")).step(0)  # half of its weights bfloat16
-run = Run(TrainingPlan.read(Path(sys.argv[1])))
-local = sum(getattr(p, "_local_tensor", p).numel() for p in run.policy.network.parameters())
-held = {"sharded": is_sharded(run.accelerator), "parts": local}
-reference = getattr(run.policy, "_reference", None)
-if reference is not None:
-    held["reference"] = sum(getattr(p, "_local_tensor", p).numel() for p in reference.parameters())
-    held["whole"] = sum(p.numel() for p in reference.parameters())
-metrics = run.step(0)
-held["loss"], held["margin"] = metrics["loss"], metrics["margin"]
-held["states"] = sum(
-    getattr(v, "_local_tensor", v).numel() for s in run.optimizer.state.values() for v in s.values()
-)
-Path(sys.argv[2], os.environ["RANK"]).write_text(json.dumps(held))
-"""
+def hold(plan: str, folder: str) -> None:
+    """What this process holds of a network, its reference and its optimizer's states; and how it starts."""
+    Run(TrainingPlan.read(Path(plan)).changed(method="lora")).step(0)  # half of its weights bfloat16
+    run = Run(TrainingPlan.read(Path(plan)))
+    reference = run.policy._reference
+    held = {"parts": _held(run.policy.network.parameters()), "reference": _held(reference.parameters())}
+    held["whole"] = sum(parameter.numel() for parameter in reference.parameters())
+    metrics = run.step(0)
+    held["states"] = _held(value for state in run.optimizer.state.values() for value in state.values())
+    told = {**held, "sharded": is_sharded(run.accelerator), "loss": metrics["loss"], "margin": metrics["margin"]}
+    Path(folder, os.environ["RANK"]).write_text(json.dumps(told))
+
+
+def _held(tensors: Iterable[torch.Tensor]) -> int:
+    """Elements in this process."""
+    return sum(getattr(tensor, "_local_tensor", tensor).numel() for tensor in tensors)
 
 
 @pytest.mark.parametrize("by_hand", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -112,7 +109,9 @@ def test_each_process_holds_a_part(world: Path, tmp_path: Path, by_hand: bool) -
     plan = plan_in(world, tmp_path / "out", method="full", shard=not by_hand, mixed_precision="bf16")
     plan.write(tmp_path / "plan.json")
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    _run_two(tmp_path, {**asked, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"} if by_hand else {})
+    environment = {**asked, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"} if by_hand else {}
+    given = str(tmp_path / "plan.json"), str(tmp_path)
+    run_together(2, hold, *given, log=tmp_path / "log.txt", environment=environment)
     first, second = (json.loads((tmp_path / rank).read_text()) for rank in ("0", "1"))
     assert first["sharded"] and second["sharded"]
     for held in (first, second):
@@ -120,17 +119,6 @@ def test_each_process_holds_a_part(world: Path, tmp_path: Path, by_hand: bool) -
         assert held["states"] < 1.3 * held["whole"]  # two moments a weight, half of them here
         assert held["margin"] == 0.0 and held["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert first["parts"] + second["parts"] >= first["whole"]
-
-
-def _run_two(folder: Path, settings: dict[str, str]) -> None:
-    (folder / "probe.py").write_text(PROBE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, **settings, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(folder / "probe.py"), str(folder / "plan.json"), str(folder)],
-        env=environment, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

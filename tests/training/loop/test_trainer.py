@@ -12,6 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 
 from data.shards import ShardError
+from tests.rounding import of_margins
 from tests.training.worlds import make_plan
 from training.adapter.lora import ATTENTION, Lora
 from training.loop.checkpoint import CheckpointRecord, checkpoints
@@ -27,6 +28,8 @@ from training.model.loading import fuse_adapter, load_network, load_pipeline
 from training.model.reference import ADAPTER_FILE, ModelError, ModelRef
 from training.plan import TrainingPlan
 
+pytestmark = pytest.mark.numerical
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,7 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_in(world: Path, output: Path, **changes: object) -> TrainingPlan:
+def plan_in(world: Path, output: Path, **changes: Any) -> TrainingPlan:
     return make_plan(world, output=str(output), **changes)
 
 
@@ -63,11 +66,15 @@ def test_one_step_lowers_the_winners_error_relative_to_the_losers(world: Path, t
 
 def test_micro_batches_change_neither_loss_nor_gradient(world: Path, tmp_path: Path) -> None:
     """The gradient's norm is compared, since AdamW would hide a wrong scale."""
-    runs = [Run(plan_in(world, tmp_path, micro_batch_size=size)) for size in (1, 3, 4)]
+    changes: dict[str, Any] = {"beta": 200.0, "learning_rate": 1e-2}
+    runs = [Run(plan_in(world, tmp_path, micro_batch_size=size, **changes)) for size in (1, 3, 4)]
+    allowed = of_margins(100.0, 1.5, 256)
     for step in range(2):
-        metrics = [run.step(step) for run in runs]
-        for name in ("loss", "grad_norm", "implicit_accuracy"):
-            assert [m[name] for m in metrics] == pytest.approx([metrics[0][name]] * 3, rel=1e-3), (step, name)
+        first, *others = (run.step(step) for run in runs)
+        for metrics in others:
+            assert metrics["loss"] == pytest.approx(first["loss"], rel=0, abs=allowed), step
+            assert metrics["grad_norm"] == pytest.approx(first["grad_norm"], rel=2 * allowed), step
+            assert metrics["implicit_accuracy"] == first["implicit_accuracy"], step
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -1,6 +1,7 @@
 """How much work a training step is, counted: no clock, so it holds on a busy machine too."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def plan_in(world: Path, **changes: object) -> TrainingPlan:
+def plan_in(world: Path, **changes: Any) -> TrainingPlan:
     return make_plan(world, **{"steps": 20, "output": str(world / "out"), **changes})
 
 
@@ -80,7 +81,7 @@ def test_kept_errors_survive_an_interruption_and_change_nothing(world: Path, tmp
     run.step(0)
     run.save(tmp_path, 1)
     assert again.resume(tmp_path, 1) == forgetful.resume(tmp_path, 1) == 1
-    forgetful.kept.clear()  # type: ignore[union-attr]
+    forgetful.kept.clear()
     losses = [each.step(1)["loss"] for each in (run, again, forgetful)]
     assert losses[0] == losses[1] == losses[2]
     assert work_of(again, 2).rows("reference") == 0

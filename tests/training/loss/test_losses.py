@@ -14,6 +14,8 @@ from training.loss.errors import LossOutput, PairErrors, PairLabels, kappa_of, r
 from training.loss.formulas import diffusion_dpo, ipo, mapo, robust_dpo, safeguarded_dpo
 from training.loss.table import LARGEST_WEIGHT, LOSSES, LossOptions, check_options, loss_at_start, preference_loss
 
+pytestmark = pytest.mark.numerical
+
 NEEDED = {"rdpo": LossOptions(label_smoothing=0.1)}
 """Options without which a loss is refused."""
 WITH_REFERENCE = [name for name, loss in LOSSES.items() if loss.reference]
@@ -25,7 +27,8 @@ Row = list[float]
 
 def errors_of(rows: list[Row], alignment: float | None = 0.1) -> PairErrors:
     columns = torch.tensor(rows, dtype=torch.float32).T
-    return PairErrors(*columns, alignment=torch.full((len(rows),), alignment) if alignment is not None else None)
+    errors = PairErrors(*columns)
+    return errors if alignment is None else errors._replace(alignment=torch.full((len(rows),), alignment))
 
 
 def what_it_needs(name: str, errors: PairErrors) -> PairErrors:
@@ -153,7 +156,7 @@ def test_a_pairs_loss_depends_on_no_other_pair(name: str) -> None:
 def _gradients(name: str, rows: list[Row]) -> torch.Tensor:
     """Loss, and its gradient by the errors of the policy, (3, pairs)."""
     errors = errors_of(rows)
-    sides = [errors.policy_winner.requires_grad_(), errors.policy_loser.requires_grad_()]  # type: ignore[union-attr]
+    sides = [errors.policy_winner.requires_grad_(), errors.policy_loser.requires_grad_()]
     loss = loss_of(name, errors._replace(alignment=errors.policy_winner.detach() - 0.05)).loss
     gradients = torch.autograd.grad(loss.sum(), sides, allow_unused=True)
     return torch.stack([loss.detach(), *(torch.zeros(len(rows)) if g is None else g for g in gradients)])
@@ -294,8 +297,8 @@ def test_sdpo_leaves_the_winner_its_descent(mu: float) -> None:
     sign = torch.tensor([1.0, -1.0] * 4).view(8, 1, 1, 1)
     prediction = (torch.cat([common, 3 * sign * common]) + 0.3 * own).requires_grad_()
     target, reference = torch.zeros_like(prediction), torch.ones(8)
-    errors = PairErrors(*squared_error(prediction, target).chunk(2), reference, reference,
-                        residual_alignment(prediction, target))  # fmt: skip
+    winner, loser = squared_error(prediction, target).chunk(2)
+    errors = PairErrors(winner, loser, reference, reference, residual_alignment(prediction, target))
     output, plain = safeguarded_dpo(errors, 0.1, mu), diffusion_dpo(errors, 0.1)
     torch.testing.assert_close(output.loss, plain.loss, rtol=0, atol=0)
     pull = torch.sigmoid(-output.metrics["margin"]) * 0.1  # what both gradients are multiplied by
@@ -311,8 +314,8 @@ def test_sdpo_leaves_the_winner_its_descent(mu: float) -> None:
 def test_sdpo_scales_by_the_published_rule() -> None:
     """(1 - mu) |gA|^2 / (gA . gB): the winner's residual is (1, 1), the loser's (2, 0): 0.1 * 2 / 2."""
     prediction, target = torch.tensor([[1.0, 1.0], [2.0, 0.0]]), torch.zeros(2, 2)
-    errors = PairErrors(*squared_error(prediction, target).chunk(2), torch.ones(1), torch.ones(1),
-                        residual_alignment(prediction, target))  # fmt: skip
+    winner, loser = squared_error(prediction, target).chunk(2)
+    errors = PairErrors(winner, loser, torch.ones(1), torch.ones(1), residual_alignment(prediction, target))
     assert safeguarded_dpo(errors, 1.0, 0.9).metrics["loser_scale"].item() == pytest.approx(0.1)
     with pytest.raises(ValueError, match=r"sdpo_mu=1\.5"):
         safeguarded_dpo(errors, 1.0, 1.5)

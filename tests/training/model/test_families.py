@@ -18,6 +18,8 @@ from training.model.loading import embed_negative, load_pipeline
 from training.model.reference import ModelRef
 from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images, use_sampler
 
+pytestmark = pytest.mark.numerical
+
 PROMPTS = ["a red circle", "the picture of two things"]
 NAMES = ["sdxl", "sdxl-words", "sd3", "sd3-no-t5", "flux-dev", "flux-schnell"]
 

@@ -14,6 +14,8 @@ from training.model.noise import Diffusion, draw
 from training.model.reference import ModelRef
 from training.model.sampling import Sampler, embed_prompts, negative_prompt, sample_images, use_sampler
 
+pytestmark = pytest.mark.numerical
+
 PROMPTS = ["a red circle", "a blue square", "two green triangles"]
 SAMPLERS = [
     Sampler("DPMSolverMultistepScheduler", 4, 1.0, {"timestep_spacing": "trailing"}),
