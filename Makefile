@@ -13,20 +13,20 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt overrides.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --requirement pyproject.toml --extra hpsv2 --group test \
-	    --constraint constraints.txt --override overrides.txt --compile-bytecode
+	$(BIN)/uv pip install --python $(BIN)/python --editable '.[hpsv2]' --group test \
+	    --constraint constraints.txt --build-constraint constraints.txt --override overrides.txt --compile-bytecode
 	touch $@
 
 # One cycle, start to finish, leaving nothing running. PARAMS="--param scorer=hpsv2" is handed on.
 cycle: install
-	$(BIN)/python -m flows.serve cycle $(PARAMS)
+	$(BIN)/rlaif cycle $(PARAMS)
 
 # The server, its UI, a worker and the nightly schedule, kept in the background until `make down`.
 up: install
-	$(BIN)/python -m flows.serve up
+	$(BIN)/rlaif up
 
 down: install
-	$(BIN)/python -m flows.serve down
+	$(BIN)/rlaif down
 
 test: install
 	$(PYTEST)

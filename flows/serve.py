@@ -1,51 +1,48 @@
-"""Starts and stops what the deployment needs: `python -m flows.serve up | down | cycle [--param k=v ...]`.
+"""Starts and stops what the deployment needs: `rlaif cycle | up | down`, or `python -m flows.serve cycle`.
 
-up: server, UI, worker and nightly schedule in the background. down: stops them. cycle: one full cycle through
-`prefect deployment run`, with everything it needs started before and stopped after.
+up: server, UI, worker and nightly schedule in the background. down: stops them. cycle: one full cycle through the
+deployment, with everything it needs started before and stopped after.
 """
 
-import argparse
+import json
 import os
-import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlparse
-from uuid import UUID
+
+import psutil
+import typer
+
+from flows.processes import ELSEWHERE, home, recorded, running, spawn, stop
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENT = "rlaif/full-cycle"
 POOL = "rlaif"
-ELSEWHERE = -1  # in place of a process id: the run's process is another machine's, and not ours to judge
+WORKER = ["prefect", "worker", "start", "--pool", POOL, "--limit", "1", "--name", "rlaif"]
 UNFINISHED = ("PENDING", "RUNNING", "CANCELLING")
 START_SECONDS = 240  # the first start migrates an empty database: 20 s on a quiet machine, far more on a busy one
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flows.serve", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["up", "down", "cycle"])
-    command, extra = parser.parse_known_args()
-    _environment()
-    if command.command == "cycle":
-        return cycle(extra)
-    if extra:
-        parser.error(f"unknown arguments: {' '.join(extra)}")
-    return up() if command.command == "up" else down()
+app = typer.Typer(
+    help="Start and stop what the deployment needs.", add_completion=False, pretty_exceptions_enable=False
+)
 
 
-def _environment() -> None:
+def prepare() -> None:
     """The project keeps its Prefect state to itself, under .prefect/, unless the user says otherwise."""
     os.chdir(ROOT)
     os.environ["PWD"] = str(ROOT)  # prefect.yaml takes the runs' working folder from it
@@ -58,76 +55,18 @@ def _environment() -> None:
     home().mkdir(parents=True, exist_ok=True)
 
 
-def home() -> Path:
-    return Path(os.environ["PREFECT_HOME"])
+def failure(reason: str) -> typer.Exit:
+    """Tells why the command cannot go on; to be raised."""
+    typer.echo(f"error: {reason}", err=True)
+    return typer.Exit(2)
 
 
 def say(text: str) -> None:
+    """Tell the user what happens."""
     print(f"rlaif: {text}", flush=True)
 
 
-# Background processes ---------------------------------------------------------------------------------
-
-
-def _spawn(name: str, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start a background process in its own session; its output goes to .prefect/<name>.log."""
-    with (home() / f"{name}.log").open("ab") as log:
-        process = subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-        )  # fmt: skip
-    (home() / f"{name}.pid").write_text(str(process.pid))
-    return process
-
-
-def _alive(name: str) -> int | None:
-    """The process id that `_spawn` wrote, when such a process of ours still runs."""
-    file = home() / f"{name}.pid"
-    if not file.is_file():
-        return None
-    try:
-        pid = int(file.read_text())
-        os.kill(pid, 0)
-        ours = not Path("/proc").is_dir() or b"prefect" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return None
-    return pid if ours else None  # the number may have been given to another process since
-
-
-def _stop(name: str, seconds: float = 30.0) -> bool:
-    """Ask the background process to end, then insist; True when there was one."""
-    pid = _alive(name)
-    (home() / f"{name}.pid").unlink(missing_ok=True)
-    if pid is None:
-        return False
-    # A worker asked once drains its run and stays; the second request ends it.
-    for request in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-        _signal_group(pid, request)
-        if _gone(pid, seconds if request == signal.SIGTERM else 5.0):
-            return True
-    return True
-
-
-def _signal_group(pid: int, number: signal.Signals) -> None:
-    try:
-        os.killpg(pid, number)
-    except ProcessLookupError:
-        return
-
-
-def _gone(pid: int, seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if os.waitpid(pid, os.WNOHANG)[0] == pid:
-                return True
-        except ChildProcessError:  # started by an earlier command, so not our child
-            if not Path(f"/proc/{pid}").exists():
-                return True
-        time.sleep(0.2)
-    return False
-
-
-# Server, pool, deployment, worker ---------------------------------------------------------------------
+# Server, pool, deployments ----------------------------------------------------------------------------
 
 
 def _healthy() -> bool:
@@ -160,20 +99,20 @@ def start_server() -> bool:
         return False
     place = urlparse(url)
     if _taken(str(place.hostname), place.port or 4200):
-        raise SystemExit(
-            f"rlaif: port {place.port} is taken by something that is no Prefect server; "
+        raise failure(
+            f"port {place.port} is taken by something that is no Prefect server; "
             "set PREFECT_API_URL, for example to http://127.0.0.1:4299/api"
         )
     say(f"starting a Prefect server at {url} (about 20 seconds the first time)")
     command = ["prefect", "server", "start", "--host", str(place.hostname), "--port", str(place.port or 4200)]
     os.environ["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"] = ",".join(ui_origins(url))
-    process = _spawn("server", command)
+    process = spawn("server", command)
     started = told = time.monotonic()
     while not _healthy():
         now = time.monotonic()
         if process.poll() is not None or now - started > START_SECONDS:
-            _stop("server", 5)
-            raise SystemExit(f"rlaif: the Prefect server did not start; see {home() / 'server.log'}")
+            stop(process, 5)
+            raise failure(f"the Prefect server did not start; see {home() / 'server.log'}")
         if now - told > 5:
             told = now
             say(f"  still starting ({now - started:.0f} s)")
@@ -193,28 +132,29 @@ def deploy() -> None:
         with suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
         client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=1))
-    say(f"deploying {DEPLOYMENT}")
+    say("deploying")
     command = ["prefect", "--no-prompt", "deploy", "--all"]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise SystemExit(f"rlaif: prefect deploy failed:\n{result.stdout}{result.stderr}")
+        raise failure(f"prefect deploy failed:\n{result.stdout}{result.stderr}")
 
 
 def _our_runs(client: "SyncPrefectClient", *states: str) -> "list[FlowRun]":
-    """The deployment's runs in any of these states (SCHEDULED, PENDING, RUNNING, CANCELLING ...)."""
+    """The pool's runs, of any deployment, in any of these states (SCHEDULED, PENDING, RUNNING, CANCELLING ...)."""
     from prefect.client.schemas.filters import (
-        DeploymentFilter,
-        DeploymentFilterName,
         FlowRunFilter,
         FlowRunFilterState,
         FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
     )
     from prefect.client.schemas.objects import StateType
 
     kinds = FlowRunFilterStateType(any_=[StateType(state) for state in states])
     wanted = FlowRunFilter(state=FlowRunFilterState(type=kinds))
-    ours = DeploymentFilter(name=DeploymentFilterName(any_=[DEPLOYMENT.split("/")[1]]))
-    return client.read_flow_runs(flow_run_filter=wanted, deployment_filter=ours)
+    return client.read_flow_runs(
+        flow_run_filter=wanted, work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[POOL]))
+    )
 
 
 def clear_left_overs() -> None:
@@ -229,7 +169,7 @@ def clear_left_overs() -> None:
         missed = [run for run in _our_runs(client, "SCHEDULED") if _missed(run)]
         for run in missed:
             client.delete_flow_run(run.id)
-        dead = [run for run in _our_runs(client, *UNFINISHED) if _process(run) is None]
+        dead = [run for run in _our_runs(client, *UNFINISHED) if recorded(run.infrastructure_pid) is None]
         for run in dead:
             _report_crash(client, run)
     if missed:
@@ -244,28 +184,13 @@ def stop_runs() -> None:
 
     with get_client(sync_client=True) as client:
         for run in _our_runs(client, *UNFINISHED):
-            pid = _process(run)
-            if pid == ELSEWHERE:
+            process = recorded(run.infrastructure_pid)
+            if process == ELSEWHERE:
                 continue
-            if pid is not None:
+            if isinstance(process, psutil.Process):
                 say(f"stopping run {run.name}; the same parameters resume it")
-                _signal_group(pid, signal.SIGTERM)
-                if not _gone(pid, 10):
-                    _signal_group(pid, signal.SIGKILL)
-                    _gone(pid, 10)
+                stop(process, 5)
             _report_crash(client, run)
-
-
-def _process(run: "FlowRun") -> int | None:
-    """The living process of a run on this machine, as its worker recorded it ("host:pid")."""
-    host, _, pid = (run.infrastructure_pid or "").rpartition(":")
-    if host not in ("", socket.gethostname()):
-        return ELSEWHERE
-    try:
-        os.kill(int(pid), 0)
-        return int(pid)
-    except (OSError, ValueError):
-        return None
 
 
 def _report_crash(client: "SyncPrefectClient", run: "FlowRun") -> None:
@@ -279,91 +204,126 @@ def _missed(run: "FlowRun") -> bool:
     return bool(run.auto_scheduled and due and due < datetime.now(UTC))
 
 
-def _worker_command() -> list[str]:
-    return ["prefect", "worker", "start", "--pool", POOL, "--limit", "1", "--name", "rlaif"]
-
-
-def up() -> int:
+@app.command()
+def up() -> None:
+    """Start server, UI, worker and the nightly schedule in the background."""
+    prepare()
     start_server()
     deploy()
-    if _alive("worker"):
+    if running("worker"):
         say("the worker runs already")
     else:
         clear_left_overs()
-        _spawn("worker", _worker_command())
+        spawn("worker", WORKER)
     url = os.environ["PREFECT_API_URL"].removesuffix("/api")
     say(f"up. UI: {url}   nightly at 02:00 UTC   logs: {home()}/*.log")
-    say(f"run one now with: prefect deployment run {DEPLOYMENT} --watch     stop with: make down")
-    return 0
+    say(f"run one now with: prefect deployment run {DEPLOYMENT} --watch     stop with: rlaif down")
 
 
-def down() -> int:
+@app.command()
+def down() -> None:
+    """Stop what `up` started. A run that is stopped goes on where it was when it is started again."""
+    prepare()
     stopped = []
-    if _alive("worker"):
-        _stop("worker", 3)
+    if worker := running("worker"):
+        stop(worker, 3)
         stopped.append("worker")
     if _healthy():
         stop_runs()
-    if _stop("server"):
+    if server := running("server"):
+        stop(server, 30)
         stopped.append("server")
     say(f"stopped {' and '.join(stopped)}" if stopped else "nothing was running")
-    return 0
 
 
 # One cycle --------------------------------------------------------------------------------------------
 
 
-def cycle(extra: Sequence[str]) -> int:
-    """Start what is missing, run the deployment, show its output to the end, stop what was started here."""
-    began = time.time()
+@app.command()
+def cycle(
+    param: Annotated[list[str], typer.Option(metavar="NAME=VALUE", help="Of the cycle; a value is JSON.")] = [],  # noqa: B006
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="For state and reports.")] = None,
+) -> None:
+    """Run one full cycle, show its output to the end, and stop what was started for it; 1 when it does not complete."""
+    prepare()
+    parameters, began = _parameters(param), time.time()
     own_server = not _healthy()
     try:
         start_server()
         deploy()
         with _worker() as worker:
-            run, state, message = _wait(_submit(extra), worker)
+            run, state, message = _wait(_submit(parameters), worker)
     finally:
         if own_server:
             if _healthy():
                 stop_runs()
-            _stop("server")
+            if server := running("server"):
+                stop(server, 30)
+    reports = _reports(run, began) if state == "Completed" else []
     say(f"{state} after {time.time() - began:.0f} s{': ' + message if message and state != 'Completed' else ''}")
-    if state == "Completed":
-        for report in _reports(run, began):
-            say(f"report: {report}")
-    return 0 if state == "Completed" else 1
+    for report in reports:
+        say(f"report: {report}")
+    if json_file:
+        ended = {"run": str(run.id), "state": state, "message": message, "reports": [*map(str, reports)]}
+        json_file.write_text(json.dumps(ended, indent=2) + "\n", encoding="utf-8")
+    raise typer.Exit(0 if state == "Completed" else 1)
+
+
+def _parameters(given: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE as `prefect deployment run` reads it: a value is JSON, or else a text."""
+    parameters = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"{text!r} is not of the form NAME=VALUE", param_hint="--param")
+        try:
+            parameters[name] = json.loads(value)
+        except ValueError:
+            parameters[name] = value
+    return parameters
 
 
 @contextmanager
-def _worker() -> "Iterator[subprocess.Popen[bytes] | None]":
-    """A worker in the foreground of this terminal, unless `make up` keeps one."""
-    if _alive("worker"):
-        say("the worker of `make up` takes the run; its output is in the UI")
+def _worker() -> Iterator[psutil.Popen | None]:
+    """A worker in the foreground of this terminal, unless `rlaif up` keeps one."""
+    if running("worker"):
+        say("the worker of `rlaif up` takes the run; its output is in the UI")
         yield None
         return
     clear_left_overs()
-    process = subprocess.Popen(_worker_command(), start_new_session=True)
+    process = psutil.Popen(WORKER, start_new_session=True)
     try:
         yield process
     finally:
-        for request in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-            _signal_group(process.pid, request)
-            if _gone(process.pid, 5):
-                break
+        stop(process, 5)
 
 
-def _submit(extra: Sequence[str]) -> UUID:
-    command = ["prefect", "deployment", "run", DEPLOYMENT, "--job-variable", "stream_output=true", *extra]
-    say(f"prefect deployment run {' '.join([DEPLOYMENT, *extra])}")
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = re.search(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", result.stdout)
-    if result.returncode or not found:
-        raise SystemExit(f"rlaif: the run was refused:\n{result.stdout}{result.stderr}")
-    return UUID(found.group())
+def _submit(parameters: Mapping[str, Any]) -> "UUID":
+    """Ask for a run. Ends the command with 2 when Prefect refuses the parameters, with its reason."""
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    say(f"prefect deployment run {' '.join([DEPLOYMENT, *(f'--param {k}={v!r}' for k, v in parameters.items())])}")
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name(DEPLOYMENT)
+        known = (deployment.parameter_openapi_schema or {}).get("properties", {})
+        if unknown := sorted(set(parameters) - set(known)):
+            raise failure(f"the run was refused: {unknown[0]!r} is no parameter; there are {', '.join(known)}")
+        try:
+            run = client.create_flow_run_from_deployment(
+                deployment.id, parameters=dict(parameters), job_variables={"stream_output": True}
+            )
+        except PrefectHTTPStatusError as error:
+            raise failure(f"the run was refused: {error.response.text}") from error
+    return run.id
 
 
-def _wait(run: UUID, worker: "subprocess.Popen[bytes] | None") -> "tuple[FlowRun, str, str]":
-    """The run, and name and message of its final state. Interrupted, the run is stopped and can be resumed."""
+def _wait(run_id: "UUID", worker: psutil.Popen | None) -> "tuple[FlowRun, str, str]":
+    """The run, and name and message of its final state. Interrupted, the run is stopped and can be resumed.
+
+    The state is asked for each second, since Prefect's own wait hears of it by an event: it would wait for ever after
+    one that was lost, and for a worker that has ended.
+    """
     import httpx
     from prefect.client.orchestration import get_client
 
@@ -371,16 +331,16 @@ def _wait(run: UUID, worker: "subprocess.Popen[bytes] | None") -> "tuple[FlowRun
     with get_client(sync_client=True) as client:
         while True:
             try:
-                found = client.read_flow_run(run)
+                run = client.read_flow_run(run_id)
                 answered = time.monotonic()
             except httpx.HTTPError:  # a busy server may miss a beat
                 if time.monotonic() - answered > 60:
                     raise
             else:
-                if found.state is not None and found.state.is_final():
-                    return found, str(found.state.name), found.state.message or ""
+                if run.state is not None and run.state.is_final():
+                    return run, str(run.state.name), run.state.message or ""
             if worker is not None and worker.poll() is not None:
-                raise SystemExit(f"rlaif: the worker ended with {worker.returncode}; run the same command again")
+                raise failure(f"the worker ended with {worker.returncode}; run the same command again")
             time.sleep(1)
 
 
@@ -393,4 +353,4 @@ def _reports(run: "FlowRun", began: float) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    app()

@@ -17,6 +17,7 @@ ALLOWED = {
     "shapes": set(),
     "tasks": {"data", "scoring", "training"},
     "flows": {"tasks"},
+    "rlaif": {"data", "scoring", "training", "tasks", "flows"},
 }
 PACKAGES = set(ALLOWED)
 MAY_USE_PREFECT = {"tasks", "flows"}

@@ -7,17 +7,18 @@ figures. torch is loaded by scorers only.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
+from tqdm import tqdm
 
+from data.commands import JsonFile, check_figures, ends_with, run, tell
 from data.ids import image_uid
 from data.labelled import LabelledPair, read_labelled
 from data.pictures import open_image
@@ -208,45 +209,27 @@ def preset_lines(spec: str, scale: float) -> str:
     return f"{spec}{'&' if parsed.options else '?'}preference_scale={scale:.6g}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 0, or 2 with the reason on standard error when it cannot go on."""
-    options = _parser().parse_args(arguments)
+@ends_with(OSError, ValueError, ScoringError)
+def command(
+    labelled_set: Annotated[str, typer.Argument(metavar="SET", help="Labelled set: file, folder or data-set id.")],
+    scorer: Annotated[list[str], typer.Option(help="As in a preset; may be given several times.")],
+    images: Annotated[Path | None, typer.Option(help="Folder of the image names in a .json.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set on the hub.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many pairs, from the start.")] = None,
+    tie_threshold: Annotated[float, typer.Option(help="|p1 - p0| that is a tie.")] = 0.0,
+    source: Annotated[list[str], typer.Option(metavar="NAME=FOLDER", help="Weights of a scorer.")] = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs that are looked at together.")] = 64,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure how often scorers agree with labels, and fit the preference scale of each."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    try:
-        if options.json:
-            options.json.touch()  # a path that cannot be written is found out before hours of scoring
-        report = _report(options)
-        if options.json:
-            options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    except (OSError, ValueError, ScoringError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
-
-
-def _report(options: argparse.Namespace) -> dict[str, object]:
-    """Measures, prints, and returns what is printed in numbers."""
-    from tqdm import tqdm
-
-    sources = dict(_source(text) for text in options.source)
-    labelled = read_labelled(options.set, options.images, options.split)
-    expressions = [parse(text, known_scorers(sources)) for text in options.scorer]
-    specs = list(dict.fromkeys(leaf for expression in expressions for leaf in leaves(expression)))
-    scorers = [load_scorer(spec, sources, options.device) for spec in specs]
-    stream = tqdm(itertools.islice(labelled, options.limit), total=options.limit, unit=" pairs", disable=None)
-    scored = score_pairs(stream, scorers, options.batch_size)
-    infos = {spec: info_of(scorer) for spec, scorer in zip(specs, scorers, strict=True)}
-    judged = [judgement(expression, specs, infos, scored.scores) for expression in expressions]
-    results = [
-        measure(str(expression), info, scores, scored.labels, scored.prompt_ids, options.tie_threshold)
-        for expression, (info, scores) in zip(expressions, judged, strict=True)
-    ]
-    for scorer in scorers:
-        scorer.close()
-    agreed = agreements(
-        options.scorer, [info for info, _ in judged], np.stack([scores for _, scores in judged], axis=1)
-    )
-    report: dict[str, object] = {
+    check_figures(json_file)
+    sources = dict(_source(text) for text in source)
+    labelled = read_labelled(labelled_set, images, split)
+    pairs = tqdm(itertools.islice(labelled, limit), total=limit, unit=" pairs", disable=None)
+    scored, results, agreed = _measured(pairs, scorer, sources, device, batch_size, tie_threshold)
+    figures = {
         "set": labelled.name,
         "pairs": len(scored.labels),
         "decided": int((scored.labels != 0.5).sum()),
@@ -255,8 +238,37 @@ def _report(options: argparse.Namespace) -> dict[str, object]:
         "scorers": [_numbers(result) for result in results],
         "agreement": agreed,
     }
-    _print(report, results, agreed)
-    return report
+    tell(figures, json_file, lambda: _print(figures, results, agreed))
+
+
+def _measured(
+    pairs: Iterable[LabelledPair],
+    texts: Sequence[str],
+    sources: Mapping[str, ScorerSource],
+    device: str,
+    batch_size: int,
+    tie_threshold: float,
+) -> tuple[ScoredPairs, list[Accuracy], dict[str, float]]:
+    """The scored pairs, each expression measured on them, and how often every two expressions order alike."""
+    expressions = [parse(text, known_scorers(sources)) for text in texts]
+    specs = list(dict.fromkeys(leaf for expression in expressions for leaf in leaves(expression)))
+    scorers = [load_scorer(spec, sources, device) for spec in specs]
+    scored = score_pairs(pairs, scorers, batch_size)
+    infos = {spec: info_of(scorer) for spec, scorer in zip(specs, scorers, strict=True)}
+    judged = [judgement(expression, specs, infos, scored.scores) for expression in expressions]
+    results = [
+        measure(str(expression), info, scores, scored.labels, scored.prompt_ids, tie_threshold)
+        for expression, (info, scores) in zip(expressions, judged, strict=True)
+    ]
+    for scorer in scorers:
+        scorer.close()
+    scores = np.stack([scores for _, scores in judged], axis=1)
+    return scored, results, agreements(texts, [info for info, _ in judged], scores)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command on a command line; returns its exit status (`data.commands`)."""
+    return run(command, "python -m scoring.accuracy", arguments)
 
 
 def _numbers(result: Accuracy) -> dict[str, object]:
@@ -289,21 +301,6 @@ def _source(text: str) -> tuple[str, ScorerSource]:
     if not equals or not name or not folder:
         raise ValueError(f"--source {text!r} is not of the form name=FOLDER")
     return name, ScorerSource(folder)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scoring.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("set", metavar="SET", help="labelled set: file, folder or data-set id")
-    parser.add_argument("--scorer", action="append", required=True, help="as in a preset; may be given several times")
-    parser.add_argument("--images", type=Path, help="folder that the image names of a .json are relative to")
-    parser.add_argument("--split", default="test", help="split of a data set on the hub (%(default)s)")
-    parser.add_argument("--limit", type=int, help="only so many pairs, from the start")
-    parser.add_argument("--tie-threshold", type=float, default=0.0, help="|p1 - p0| that is a tie (%(default)s)")
-    parser.add_argument("--source", action="append", default=[], metavar="NAME=FOLDER", help="weights of a scorer")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="pairs looked at together (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="file for all figures")
-    return parser
 
 
 if __name__ == "__main__":

@@ -11,16 +11,17 @@ any scorer.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+import typer
 
+from data.commands import JsonFile, check_figures, ends_with, run, tell
 from data.pictures import open_image
 from scoring.scorers.registry import load_scorer
 from scoring.scorers.scorer import Scorer, ScoringError, info_of, score_images
@@ -146,26 +147,34 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join("  ".join(text.ljust(width) for text, width in line).rstrip() for line in lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after a message on standard error."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("images", type=Path)
-    parser.add_argument("prompts", type=Path)
-    parser.add_argument("--scorer", default="hpsv2:v2.1")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, default=64)
-    given = parser.parse_args(arguments)
-    try:
-        items = find_items(given.images, given.prompts)
-        scorer = load_scorer(given.scorer, {}, given.device)
-        info, scores = info_of(scorer), score_items(scorer, items, given.batch)
-    except (ValueError, ScoringError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@ends_with(ValueError, OSError, ScoringError)
+def command(
+    images: Annotated[Path, typer.Argument(help="Folder with a sub-folder of images for each style.")],
+    prompts: Annotated[Path, typer.Argument(help="Folder with a JSON list of prompts for each style.")],
+    scorer: Annotated[str, typer.Option(help="As in a preset.")] = "hpsv2:v2.1",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Images that are scored together.")] = 64,
+    json_file: JsonFile = None,
+) -> None:
+    """Print HPSv2's table of a folder of images: the mean score of every style, as the original package prints it."""
+    check_figures(json_file)
+    items = find_items(images, prompts)
+    loaded = load_scorer(scorer, {}, device)
+    info, scores = info_of(loaded), score_items(loaded, items, batch)
     factor = 100.0 if info.unit == "cosine" else 1.0
-    print(f"{info.name} {info.version}, {info.preprocessing}, fingerprint {info.fingerprint}, scores x {factor:g}")
-    print(table(summarise(scores, factor)))
-    return 0
+    rows = summarise(scores, factor)
+
+    def text() -> None:
+        print(f"{info.name} {info.version}, {info.preprocessing}, fingerprint {info.fingerprint}, scores x {factor:g}")
+        print(table(rows))
+
+    figures = {"scorer": asdict(info), "factor": factor, "rows": [asdict(row) for row in rows]}
+    tell(figures, json_file, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command on a command line; returns its exit status (`data.commands`)."""
+    return run(command, "python -m scoring.benchmark", arguments)
 
 
 if __name__ == "__main__":

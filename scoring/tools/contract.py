@@ -13,17 +13,17 @@ each, its docstring the clause. In a test suite of a plug-in:
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import typer
 
+from data.commands import JsonFile, check_figures, ends_with, run, tell
 from data.pictures import open_image
 from scoring.scorers.registry import load_scorer
 from scoring.scorers.scorer import Scorer, ScoringError
@@ -80,19 +80,30 @@ def _outcome(clause: Clause, trial: Trial) -> Outcome:
         return Outcome(clause.__name__, "fail", f"raised {type(error).__name__}: {error}", statement)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 when the scorer keeps the contract, 1 when it breaks it, 2 when it cannot be tested at all."""
-    options = _parser().parse_args(arguments)
-    try:
-        spec = _spec(options.spec, options.source, options.option)
-        images = _images(options.images) if options.images else None
-        prompts = options.prompts.read_text(encoding="utf-8").splitlines() if options.prompts else None
-        outcomes = check_contract(lambda: load_scorer(spec, {}, options.device), images, prompts, options.tolerance)
-    except (OSError, ValueError, TypeError, ScoringError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    _print(spec, outcomes)
+@ends_with(OSError, ValueError, TypeError, ScoringError)
+def command(
+    spec: Annotated[str, typer.Argument(metavar="SPEC", help="name, name:variant?key=value, or package.module:Class")],
+    source: Annotated[str | None, typer.Option(metavar="FOLDER", help="Weights: a folder or hub id.")] = None,
+    option: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="Argument of the scorer.")] = [],  # noqa: B006
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="One a line, instead of made-up ones.")] = None,
+    images: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Images, instead of made-up ones.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    tolerance: Annotated[float, typer.Option(help="Relative difference that counts as none.")] = 1e-6,
+    json_file: JsonFile = None,
+) -> int:
+    """Test a scorer against the contract, clause by clause; 1 when it breaks one."""
+    check_figures(json_file)
+    whole = _spec(spec, source, option)
+    pictures = _images(images) if images else None
+    texts = prompts.read_text(encoding="utf-8").splitlines() if prompts else None
+    outcomes = check_contract(lambda: load_scorer(whole, {}, device), pictures, texts, tolerance)
+    tell([asdict(outcome) for outcome in outcomes], json_file, lambda: _print(whole, outcomes))
     return int(any(outcome.status == "fail" for outcome in outcomes))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command on a command line; returns its exit status (`data.commands`)."""
+    return run(command, "python -m scoring.contract", arguments)
 
 
 def _spec(spec: str, source: str | None, options: Sequence[str]) -> str:
@@ -126,20 +137,6 @@ def _print(spec: str, outcomes: Sequence[Outcome]) -> None:
             console.print(Text(said), soft_wrap=True)
     counts = {status: sum(outcome.status == status for outcome in outcomes) for status in ("pass", "fail", "skip")}
     console.print(f"{counts['pass']} kept, {counts['fail']} broken, {counts['skip']} not applicable")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m scoring.contract", description=__doc__.splitlines()[0])
-    parser.add_argument("spec", metavar="SPEC", help="name, name:variant?key=value, or package.module:Class")
-    parser.add_argument("--source", metavar="FOLDER", help="weights: a folder or hub id")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="argument of the scorer")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="one prompt a line, instead of made-up ones")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="images, instead of made-up ones")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (%(default)s)")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-6, help="relative difference that counts as none (%(default)s)"
-    )
-    return parser
 
 
 if __name__ == "__main__":

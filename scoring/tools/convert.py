@@ -8,14 +8,16 @@ torch.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from data.commands import ends_with, run
 from data.files import file_sha256
 from data.safetensors_file import save_tensors
 from scoring.scorers.checkpoints import load_weights
@@ -24,7 +26,6 @@ from scoring.scorers.scorer import ScoringError
 if TYPE_CHECKING:
     import torch
 
-DESCRIPTION = "Writes the tensors of a torch checkpoint as a safetensors file, and prints the sha256 of both."
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -86,24 +87,24 @@ def _contiguous() -> torch.memory_format:
     return torch.contiguous_format
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after a message on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m scoring.convert", description=DESCRIPTION)
-    parser.add_argument("source", type=Path, metavar="IN.pt")
-    parser.add_argument("target", type=Path, metavar="OUT.safetensors")
-    parser.add_argument("--repository", metavar="OWNER/NAME", help="where the checkpoint was published")
-    parser.add_argument("--revision", metavar="SHA", help="its commit there")
-    parser.add_argument("--force", action="store_true", help="replace a target that exists")
-    given = parser.parse_args(arguments)
-    try:
-        done = convert(**vars(given))
-    except (ScoringError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{done.source_digest}  {given.source}\n{done.target_digest}  {given.target}")
+@ends_with(ScoringError, ValueError, OSError)
+def command(
+    source: Annotated[Path, typer.Argument(metavar="IN.pt", help="The checkpoint.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="The file to write.")],
+    repository: Annotated[str | None, typer.Option(metavar="OWNER/NAME", help="Where it was published.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="SHA", help="Its commit there.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a target that exists.")] = False,
+) -> None:
+    """Write the tensors of a torch checkpoint as a safetensors file, and print the sha256 of both."""
+    done = convert(source, target, repository, revision, force)
+    print(f"{done.source_digest}  {source}\n{done.target_digest}  {target}")
     print(f"{done.tensors} tensors", file=sys.stderr)
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command on a command line; returns its exit status (`data.commands`)."""
+    return run(command, "python -m scoring.convert", arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

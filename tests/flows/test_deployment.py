@@ -153,14 +153,15 @@ import sys
 from prefect.client.orchestration import get_client
 from prefect.states import Running
 from flows import serve
-serve._environment()
+from flows.processes import running, stop
+serve.prepare()
 serve.start_server()
 serve.deploy()
 with get_client(sync_client=True) as client:
     deployment = client.read_deployment_by_name(serve.DEPLOYMENT)
     run = client.create_flow_run_from_deployment(deployment.id)
     client.set_flow_run_state(run.id, Running(), force=True)
-serve._stop("server")
+stop(running("server"), 30)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -5,14 +5,11 @@
 The token is that of `hf auth login` or HF_TOKEN; it is never written anywhere.
 """
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from training.export.model_card import KOHYA_FILE
-from training.model.reference import ADAPTER_FILE, ModelError
+from training.model.reference import ADAPTER_FILE
 
 NETWORK_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json")
 
@@ -102,22 +99,3 @@ def push(training: Path, repo_id: str, private: bool = True, message: str = "Tra
     api = HfApi(library_name="rlaif")
     api.create_repo(repo_id, private=private, exist_ok=True)
     return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after a message on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m training.hub", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("training", type=Path, help="folder of a finished training with its card")
-    parser.add_argument("--repo", required=True, metavar="OWNER/NAME")
-    parser.add_argument("--public", action="store_true", help="make a new repository public; default: private")
-    given = parser.parse_args(arguments)
-    try:
-        print(push(given.training, given.repo, private=not given.public))
-    except (PushError, ModelError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -7,9 +7,7 @@ original U-Net (`lora_unet_input_blocks_...`), SD3 and Flux keep `transformer.` 
 (`training.adapter.kohya_keys`).
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ from training.adapter.layers import CONFIG, Layer, Tensors, read_layers
 from training.model.families import FAMILIES, family_for
 from training.model.family import Family
 from training.model.reference import ModelError, ModelRef, read_config
-from training.trained import trained_adapter
 
 
 @dataclass(frozen=True)
@@ -76,25 +73,3 @@ def write_kohya(adapter: Path, target: Path, base: Base, title: str = "", dtype:
     about = {key: value for key, value in told.items() if key.startswith("rlaif.")}
     header = base.keys.header(layers, base.network, base.prediction_type, title or target.stem)
     return save_tensors(state, target, header | about)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after a message on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m training.kohya", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", type=Path, help="folder of a finished training, or of an adapter")
-    parser.add_argument("--to", type=Path, required=True, metavar="FILE.safetensors")
-    parser.add_argument("--base", help="base model, where the training's record does not name it")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as trained")
-    given = parser.parse_args(arguments)
-    try:
-        adapter, model = trained_adapter(given.source, given.base)
-        written = write_kohya(adapter, given.to, Base.read(model.base, model.revision), dtype=given.dtype)
-    except (ModelError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(written)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

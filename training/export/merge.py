@@ -5,25 +5,19 @@
 The weights are added in float32 and rounded once.
 """
 
-import argparse
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from data.files import publish_folder
 from data.safetensors_file import read_header
 from training.adapter.layers import CONFIG, peft_state, read_layers
 from training.model.families import family_for, family_of
 from training.model.loading import quiet_libraries
-from training.model.reference import ADAPTER_FILE, ModelError, ModelRef
-from training.trained import trained_model
+from training.model.reference import ADAPTER_FILE, Dtype, ModelError, ModelRef
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-DTYPES = ("float32", "float16", "bfloat16")
 
 
 def merge(model: ModelRef, target: Path, dtype: str = "float32") -> Path:
@@ -33,8 +27,8 @@ def merge(model: ModelRef, target: Path, dtype: str = "float32") -> Path:
     """
     import torch
 
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype={dtype!r}; choose one of {', '.join(DTYPES)}")
+    if dtype not in get_args(Dtype):
+        raise ModelError(f"dtype={dtype!r}; choose one of {', '.join(get_args(Dtype))}")
     if target.exists():
         raise ModelError(f"{target}: is there already; remove it or name another folder")
     pipeline = fused_pipeline(model)
@@ -94,23 +88,3 @@ def _load(pipeline: "DiffusionPipeline", part: str, state: dict[str, Any], confi
     pipeline.load_lora_into_text_encoder(
         state, None, getattr(pipeline, part), prefix=part, metadata=metadata, adapter_name="fused"
     )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after a message on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m training.merge", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("source", type=Path, help="folder of a finished training, or of an adapter")
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument("--base", help="base model, where the training's record does not name it")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; default: float32")
-    given = parser.parse_args(arguments)
-    try:
-        print(merge(trained_model(given.source, given.base), given.to, given.dtype))
-    except (ModelError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -5,12 +5,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from data.files import file_sha256
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """The name diffusers gives a LoRA. Offline it must be said on loading: the libraries do not look for it then."""
+
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+"""Number formats that weights are exported in."""
 
 
 class ModelError(ValueError):

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from data.safetensors_file import add_to_header, read_header
 from tests.training.adapters import ATTENTION, RESNET, draw, load, load_unet, save_adapter, save_base
 from training.adapter.layers import Layer
-from training.export.kohya import Base, main, read_layers, to_kohya, write_kohya
+from training.export.kohya import Base, read_layers, to_kohya, write_kohya
+from training.kohya import main
 from training.model.families import FAMILIES
 from training.model.loading import fuse_adapter
 from training.model.reference import ADAPTER_FILE, ModelError

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from data.safetensors_file import read_header
 from tests.rounding import of_networks
 from tests.training.adapters import ATTENTION, RESNET, draw, load, load_unet, save_adapter, save_base
-from training.export.merge import main, merge
+from training.export.merge import merge
+from training.merge import main
 from training.model.reference import ADAPTER_FILE, ModelError, ModelRef
 
 pytestmark = pytest.mark.numerical
