@@ -81,11 +81,23 @@ def test_up_schedules_nights_runs_one_at_a_time_and_down_leaves_nothing(
     plan = json.loads((tmp_path / "default" / "cycles" / "0001" / "plan.json").read_text())
     assert plan["recipe"]["scorer"] == "hpsv2"
     assert not (tmp_path / "default" / "cycles" / "0002").exists()
+    a_stage_runs_alone(environment, tmp_path / "default" / "cycles" / "0001")
     scheduled = [run for run in flow_runs(environment) if run["auto_scheduled"] and run["state_type"] == "SCHEDULED"]
     assert len(scheduled) >= 1, "the cron schedule made no runs (see the pins of SQLAlchemy and fastapi)"
     down = serve("down", environment)
     assert "stopped worker and server" in down.stdout
     assert processes(environment["PREFECT_HOME"]) == []
+
+
+def a_stage_runs_alone(environment: dict[str, str], cycle: Path) -> None:
+    """Evaluated again, once the file is gone, from what is there; the same verdicts come out."""
+    results = cycle / "evaluation" / "results.json"
+    before = results.read_text()
+    results.unlink()
+    call = ["deployment", "run", "evaluate/cycle", "--param", f"cycle={cycle}", "--watch", "--watch-timeout", "120"]
+    run = prefect(environment, *call)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert results.read_text() == before
 
 
 def a_foreign_page_is_refused(api: str) -> None:

@@ -267,17 +267,3 @@ def test_damaged_pairs_are_not_trained_on(tiny_preset: Path, pairs: Path, tmp_pa
     shard.write_bytes(content)
     with pytest.raises(ShardError, match="found sha256"):
         run(tiny_preset, tmp_path, damaged)
-
-
-def test_the_deployment_names_the_flow() -> None:
-    """Two flows of one name would share runs and parameters in the UI."""
-    import yaml
-
-    from flows import stages
-    from flows.score import score
-    from flows.train import train
-
-    deployments = yaml.safe_load(Path("prefect.yaml").read_text())["deployments"]
-    assert [each["entrypoint"] for each in deployments if each["name"] == "dpo"] == ["flows.train.train"]
-    names = [flow.name for flow in (train, score, stages.train, stages.score, stages.generate, stages.evaluate)]
-    assert train.name == "train" and len(set(names)) == len(names)
