@@ -6,7 +6,7 @@ PARAMS ?=
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: install cycle up down test test-slow lint format
+.PHONY: install cycle up down test test-avx2 test-slow lint format
 
 install: .venv/installed
 
@@ -30,6 +30,10 @@ down: install
 
 test: install
 	$(PYTEST)
+
+# What networks compute, as on a processor without AVX-512: bounds must hold on any machine.
+test-avx2: install
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) -m "numerical and not slow"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

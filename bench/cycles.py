@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.files import write_json
-from scoring.labels.expressions import leaves, parse
+from scoring.labels.expressions import parse
 from tasks.evaluate import judge_models
 from tasks.generate import generate_shard
 from tasks.pair import pair_candidates
@@ -46,11 +46,12 @@ def make_pairs(experiment: Experiment, recipe: Recipe, number: int) -> PlannedCy
 
 def other_pairs(cycle: PlannedCycle, scorer: str) -> Path:
     """Pairs of the same candidates by another scorer."""
-    for name in leaves(parse(scorer)):
+    expression = parse(scorer)
+    for name in expression.leaves:
         for index in range(cycle.shards("candidates")):
             score_shard.fn(cycle, "candidates", name, index)
-    relabel.fn(cycle, scorer, GivenPairing())
-    return cycle.relabelled(scorer)
+    relabel.fn(cycle, expression, GivenPairing())
+    return cycle.relabelled(expression)
 
 
 def gate_and_promote(cycle: PlannedCycle) -> None:

@@ -49,7 +49,7 @@ class World:
         self.experiment = experiment_at(str(workspace), f"seed-{recipe.seed}")
         prompts = list(read_prompts(recipe.evaluation.prompts).items())[: recipe.evaluation.max_prompts]
         self.ids, self.texts = [key for key, _ in prompts], [text for _, text in prompts]
-        self.judges = {name: load_scorer(name, recipe.sources()) for name in recipe.judges}
+        self.judges = {judge.text: load_scorer(judge.text, recipe.sources()) for judge in recipe.judges}
 
     def model(self, arm: Arm) -> ModelRef:
         """Make an arm's model, or find it finished."""

@@ -30,16 +30,16 @@ def main() -> None:
     prompts = dict(list(read_prompts(recipe.evaluation.prompts).items())[: given.prompts])
     verdicts = repeat(recipe, prompts, given.repeats)
     for judge in recipe.judges:
-        own = [verdict for verdict in verdicts if verdict.judge == judge]
+        own = [verdict for verdict in verdicts if verdict.judge == judge.text]
         missed = sum(not verdict.low <= 0.5 <= verdict.high for verdict in own)
         mean = sum(verdict.win_rate for verdict in own) / len(own)
-        print(f"{judge}: mean win rate {mean:.3f}; {missed} of {len(own)} intervals miss 0.5")
+        print(f"{judge.text}: mean win rate {mean:.3f}; {missed} of {len(own)} intervals miss 0.5")
 
 
 def repeat(recipe: Recipe, prompts: Prompts, repeats: int) -> list[Verdict]:
     """One verdict a judge and repeat."""
     pipeline = load_pipeline(ModelRef(str(Path(recipe.base_model))))
-    judges = {name: load_scorer(name, recipe.sources()) for name in recipe.judges}
+    judges = {judge.text: load_scorer(judge.text, recipe.sources()) for judge in recipe.judges}
     verdicts = []
     for number in tqdm(range(repeats), unit="repeat"):
         scores = []

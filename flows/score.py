@@ -8,9 +8,9 @@ from prefect.artifacts import create_table_artifact
 
 from tasks.models import release
 from tasks.progress import show_logs
-from tasks.record.checks import check_expression, check_trusted
+from tasks.record.checks import check_leaves, check_trusted
 from tasks.record.plan import PlannedCycle
-from tasks.record.recipe import ParameterError, Weights, read_preset
+from tasks.record.recipe import ParameterError, read_expression, read_preset, sources_of
 from tasks.record.settings import GivenExecution, GivenPairing
 from tasks.record.workspace import exclusive
 from tasks.relabel import relabel
@@ -67,14 +67,15 @@ def score(
 
 def _relabel(cycle: PlannedCycle, scorer: str, preset: str, pairing: GivenPairing, execution: GivenExecution) -> str:
     plan = cycle.plan
-    names = check_expression("scorer", scorer, plan.sources())
-    check_trusted(names, plan, read_preset(preset))
+    expression = read_expression("scorer", scorer, plan.sources())
+    check_leaves("scorer", expression, plan.sources())
+    check_trusted(expression.leaves, plan, read_preset(preset))
     complete = execution.on(plan.recipe.execution)
     with exclusive(cycle.experiment.folder):
-        for name in names:
+        for name in expression.leaves:
             for index in range(cycle.shards("candidates")):
                 score_shard(cycle, "candidates", name, index, complete)
-        agreement = relabel(cycle, scorer, pairing)
+        agreement = relabel(cycle, expression, pairing)
         if agreement:
             log.info(
                 "%d pairs by %s; in %.3f [%.3f, %.3f] of them %s prefers the same winner (%d prompts)",
@@ -84,18 +85,19 @@ def _relabel(cycle: PlannedCycle, scorer: str, preset: str, pairing: GivenPairin
             create_table_artifact([{k: str(v) for k, v in vars(agreement).items()}], key="labels-compared")
         if cycle.finished.is_file():
             log.info("report: %s", write_report(cycle))
-    return str(cycle.relabelled(scorer))
+    return str(cycle.relabelled(expression))
 
 
 def _score(
     source: str, scorer: str, preset: str, target: Path, caption_column: str | None, execution: GivenExecution
 ) -> str:
     values = read_preset(preset)
-    sources = {name: Weights(**weights).bound() for name, weights in values.get("scorers", {}).items()}
-    names = check_expression("scorer", scorer, sources)
+    sources = sources_of(values)
+    expression = read_expression("scorer", scorer, sources)
+    check_leaves("scorer", expression, sources)
     complete = execution.on(values.get("execution", {}))
-    for name in names:
+    for name in expression.leaves:
         score_set(source, name, target, sources, complete, caption_column)
-    path = write_table(source, names, target, complete, caption_column)
+    path = write_table(source, expression.leaves, target, complete, caption_column)
     log.info("scores: %s", path)
     return str(path)

@@ -21,8 +21,8 @@ def compare_with_source(cycle: PlannedCycle) -> None:
     source = source_cycle(recipe)
     if source is None:
         return
-    if not is_scored(source, source.plan.labelling()):
+    if not is_scored(source, source.plan.recipe.scorer):
         log.warning("%s: not scored, so there is nothing to compare with", recipe.candidates_of)
         return
-    agreement = compare_labels(cycle, cycle.plan.labelling(), recipe.pairing, source)
+    agreement = compare_labels(cycle, cycle.plan.recipe.scorer, recipe.pairing, source)
     write_json(cycle.comparison, dataclasses.asdict(agreement))

@@ -4,7 +4,6 @@ import logging
 
 from prefect import task
 
-from scoring.labels.expressions import leaves
 from scoring.scorers.scorer import identities
 from scoring.verdict.gates import gate
 from scoring.verdict.verdict import Verdict, judge_pairs, with_holm
@@ -20,7 +19,7 @@ log = logging.getLogger(__name__)
 def judge_models(cycle: PlannedCycle) -> Results:
     """Every judge's verdict and the gate's decision, written to `evaluation/results.json`."""
     plan = cycle.plan
-    labelled_by = identities(read_scores(cycle, "candidates", leaves(plan.labelling())).infos.values())
+    labelled_by = identities(read_scores(cycle, "candidates", plan.recipe.scorer.leaves).infos.values())
     labellers = {*plan.labellers, *labelled_by}
     verdicts = _verdicts(cycle, "tuned", labellers)
     control = _verdicts(cycle, "control", labellers) if plan.recipe.evaluation.null_control else []
@@ -45,7 +44,7 @@ def _verdicts(cycle: PlannedCycle, part: Part, labellers: set[str]) -> list[Verd
         held_out = identities(seen.infos.values()).isdisjoint(labellers)
         verdicts.append(
             judge_pairs(
-                judge,
+                judge.text,
                 seen.base,
                 seen.other,
                 ids,

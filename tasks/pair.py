@@ -32,8 +32,8 @@ def pair_candidates(cycle: PlannedCycle) -> int:
 
     Raises ParameterError when no pair remains.
     """
-    plan = cycle.plan
-    return write_pairs(cycle, plan.labelling(), plan.recipe.pairing, plan.scorer_names("candidates"), cycle.preferences)
+    recipe, scorers = cycle.plan.recipe, cycle.plan.scorer_names("candidates")
+    return write_pairs(cycle, recipe.scorer, recipe.pairing, scorers, cycle.preferences)
 
 
 def write_pairs(cycle: PlannedCycle, expression: Expression, pairing: Pairing, scorers: list[str], target: Path) -> int:

@@ -16,7 +16,7 @@ from tasks.report.page import page, render
 def write_report(cycle: PlannedCycle) -> Path:
     """Write `report.html` of a decided cycle, anew each time, and publish artifacts when Prefect runs this."""
     results = Results.read(cycle)
-    judged = {verdict.judge: read_judged(cycle, verdict.judge, "tuned") for verdict in results.verdicts}
+    judged = {judge.text: read_judged(cycle, judge, "tuned") for judge in cycle.plan.recipe.judges}
     values = page(cycle, results, judged)
     write_text(cycle.report, render(values))
     if TaskRunContext.get():

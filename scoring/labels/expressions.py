@@ -10,8 +10,8 @@ Only the form is known here; what a combination makes of scores is in `combine`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 
 from scoring.scorers.registry import Spec, parse_spec
 
@@ -32,6 +32,13 @@ class Leaf:
     """One scorer."""
 
     spec: Spec
+    text: str = field(default="", compare=False)
+    """As it was written, the whole expression at the outermost; "" where it was not read from a text."""
+
+    @property
+    def leaves(self) -> list[str]:
+        """The one scorer."""
+        return [str(self.spec)]
 
     def __str__(self) -> str:
         return str(self.spec)
@@ -44,6 +51,13 @@ class Combination:
     kind: str
     weights: tuple[float, ...]
     terms: tuple[Expression, ...]
+    text: str = field(default="", compare=False)
+    """As it was written, the whole expression at the outermost; "" where it was not read from a text."""
+
+    @property
+    def leaves(self) -> list[str]:
+        """The scorers, each once, in order of appearance."""
+        return list(dict.fromkeys(leaf for term in self.terms for leaf in term.leaves))
 
     def __str__(self) -> str:
         terms = zip(self.weights, self.terms, strict=True)
@@ -58,26 +72,13 @@ def _number(weight: float) -> str:
 Expression = Leaf | Combination
 
 
-def leaves(expression: Expression) -> list[str]:
-    """The scorers of an expression as they are written, each once, in order of appearance."""
-    return list(dict.fromkeys(_leaves(expression)))
-
-
-def _leaves(expression: Expression) -> Iterator[str]:
-    if isinstance(expression, Leaf):
-        yield str(expression)
-        return
-    for term in expression.terms:
-        yield from _leaves(term)
-
-
 def parse(text: str, known: Collection[str] | None = None) -> Expression:
     """Reads an expression. `known`: names of scorers there are; None = any name will do.
 
-    `str` of the result reads back as the same expression. Raises ExpressionError, pointing at the character and
-    listing what there is.
+    `str` of the result reads back as the same expression, and its `text` is what was given. Raises ExpressionError,
+    pointing at the character and listing what there is.
     """
-    return _Parser(text, known).whole()
+    return replace(_Parser(text, known).whole(), text=text)
 
 
 class _Parser:

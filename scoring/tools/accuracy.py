@@ -23,7 +23,7 @@ from data.ids import image_uid
 from data.labelled import LabelledPair, read_labelled
 from data.pictures import open_image
 from scoring.labels.combine import order
-from scoring.labels.expressions import Expression, Leaf, leaves, parse
+from scoring.labels.expressions import Expression, Leaf, parse
 from scoring.labels.soft_labels import fit_scale, log_loss, preference_probability
 from scoring.scorers.registry import ScorerSource, known_scorers, load_scorer, parse_spec
 from scoring.scorers.scorer import Scorer, ScorerInfo, ScoringError, info_of, score_images
@@ -149,9 +149,9 @@ def judgement(
     """
     if isinstance(expression, Leaf):
         return infos[str(expression)], scores[:, specs.index(str(expression))]
-    found = order(expression, {spec: scores[:, specs.index(spec)] for spec in leaves(expression)}, infos)
+    found = order(expression, {spec: scores[:, specs.index(spec)] for spec in expression.leaves}, infos)
     margins = np.array([found.margins(pair)[0, 1] for pair in range(found.prompts())])
-    together = "+".join(sorted({infos[spec].fingerprint for spec in leaves(expression)}))
+    together = "+".join(sorted({infos[spec].fingerprint for spec in expression.leaves}))
     info = ScorerInfo(str(expression), "1", found.unit, fingerprint=together)
     return info, np.stack([margins, np.zeros_like(margins)], axis=1)
 
@@ -251,7 +251,7 @@ def _measured(
 ) -> tuple[ScoredPairs, list[Accuracy], dict[str, float]]:
     """The scored pairs, each expression measured on them, and how often every two expressions order alike."""
     expressions = [parse(text, known_scorers(sources)) for text in texts]
-    specs = list(dict.fromkeys(leaf for expression in expressions for leaf in leaves(expression)))
+    specs = list(dict.fromkeys(leaf for expression in expressions for leaf in expression.leaves))
     scorers = [load_scorer(spec, sources, device) for spec in specs]
     scored = score_pairs(pairs, scorers, batch_size)
     infos = {spec: info_of(scorer) for spec, scorer in zip(specs, scorers, strict=True)}

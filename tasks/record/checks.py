@@ -1,13 +1,14 @@
 """Refuses, before anything is computed, a recipe that cannot work. Loads no weights, but looks at their files."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from data.ids import scorer_slug
 from data.prompts import Prompts
-from scoring.labels.expressions import leaves, parse
-from scoring.scorers.registry import ScorerSource, check_scorer, known_scorers, load_judge, parse_spec
+from scoring.labels.expressions import Expression
+from scoring.scorers.registry import ScorerSource, check_scorer, load_judge, parse_spec
 from scoring.scorers.scorer import ScorerInfo, ScoringError, identities, info_of
 from tasks.record.plan import Plan
 from tasks.record.prompts import prompt_pools
@@ -39,17 +40,19 @@ def check(recipe: Recipe, workspace: Path) -> tuple[Prompts, Prompts]:
 
 
 def _check_scorers(recipe: Recipe) -> None:
-    named = {"scorer": [recipe.scorer], "judges": recipe.judges}
-    found = {text: check_expression(name, text, recipe.sources()) for name in named for text in named[name]}
-    every = list(dict.fromkeys(leaf for names in found.values() for leaf in names))
+    for parameter, expressions in {"scorer": [recipe.scorer], "judges": recipe.judges}.items():
+        for expression in expressions:
+            check_leaves(parameter, expression, recipe.sources())
+    judges = [judge.text for judge in recipe.judges]
+    every = list(dict.fromkeys(leaf for each in (recipe.scorer, *recipe.judges) for leaf in each.leaves))
     if len({scorer_slug(leaf) for leaf in every}) < len(every):
-        raise ParameterError(f"judges={recipe.judges}: two scorers give the same column; scorers: {every}")
+        raise ParameterError(f"judges={judges}: two scorers give the same column; scorers: {every}")
     known = {leaf: identities([_info(leaf, recipe)]) for leaf in every}
-    labelling = {identity for leaf in found[recipe.scorer] for identity in known[leaf]}
-    if not any(all(known[leaf].isdisjoint(labelling) for leaf in found[judge]) for judge in recipe.judges):
+    labelling = {identity for leaf in recipe.scorer.leaves for identity in known[leaf]}
+    if not any(all(known[leaf].isdisjoint(labelling) for leaf in judge.leaves) for judge in recipe.judges):
         raise ParameterError(
-            f"judges={recipe.judges}: none is held out, since each has the weights of one that labels the training "
-            f"data (scorer={recipe.scorer!r}); name at least one other judge"
+            f"judges={judges}: none is held out, since each has the weights of one that labels the training "
+            f"data (scorer={recipe.scorer.text!r}); name at least one other judge"
         )
 
 
@@ -76,15 +79,13 @@ def check_trusted(names: list[str], plan: Plan, preset: dict[str, Any]) -> None:
             )
 
 
-def check_expression(parameter: str, text: str, sources: dict[str, ScorerSource]) -> list[str]:
-    """The scorers of an expression, all of them found. Raises ParameterError that names the parameter."""
+def check_leaves(parameter: str, expression: Expression, sources: Mapping[str, ScorerSource]) -> None:
+    """Refuse an expression with a scorer that is not there. Raises ParameterError that names the parameter."""
     try:
-        names = leaves(parse(text, known_scorers(sources)))
-        for name in names:
+        for name in expression.leaves:
             check_scorer(name, sources)
     except ValueError as error:
-        raise ParameterError(f"{parameter}={text!r}: {error}") from error
-    return names
+        raise ParameterError(f"{parameter}={expression.text!r}: {error}") from error
 
 
 def check_training(recipe: Recipe) -> None:
@@ -123,11 +124,10 @@ def _check_soft_labels(recipe: Recipe) -> None:
     """Soft labels that no scorer can give."""
     if not recipe.training.soft_labels:
         return
-    named = leaves(parse(recipe.scorer, known_scorers(recipe.sources())))
-    if unknown := [name for name in named if _info(name, recipe).preference_scale is None]:
+    if unknown := [name for name in recipe.scorer.leaves if _info(name, recipe).preference_scale is None]:
         raise ParameterError(
-            f"training.soft_labels=true: the preference_scale of {', '.join(unknown)} (scorer={recipe.scorer!r}) is "
-            "not known, so the pairs would have no soft labels; fit one with `python -m scoring.accuracy`, or use false"
+            f"training.soft_labels=true: the preference_scale of {', '.join(unknown)} (scorer={recipe.scorer.text!r}) "
+            "is not known, so the pairs would have no soft labels; fit one with `rlaif accuracy`, or use false"
         )
 
 

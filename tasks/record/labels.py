@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from scoring.labels.combine import winner_probabilities
-from scoring.labels.expressions import Expression, leaves
+from scoring.labels.expressions import Expression
 from scoring.labels.pairing import Pair, pair_groups
 from scoring.verdict.pair_statistics import clustered_interval
 from tasks.record.plan import PlannedCycle
@@ -73,15 +73,15 @@ def compare_labels(
 ) -> LabelAgreement:
     """An expression's pairs of a cycle's candidates against those that `source`, with the same ones, trained on."""
     candidates, old = cycle.plan.recipe.generation.candidates, source.plan
-    scored = read_scores(source, "candidates", leaves(old.labelling()))
-    other = scored.order(old.labelling(), candidates)
-    ours = label(expression, pairing, read_scores(cycle, "candidates", leaves(expression)), candidates)
-    theirs = label(old.labelling(), old.recipe.pairing, scored, candidates)
+    scored = read_scores(source, "candidates", old.recipe.scorer.leaves)
+    other = scored.order(old.recipe.scorer, candidates)
+    ours = label(expression, pairing, read_scores(cycle, "candidates", expression.leaves), candidates)
+    theirs = label(old.recipe.scorer, old.recipe.pairing, scored, candidates)
     preferences, confidence = sorted(ours.preferences()), cycle.plan.recipe.gate.confidence
     votes = np.array([(1 + np.sign(other.margins(prompt)[winner, loser])) / 2 for prompt, winner, loser in preferences])
     agreement, low, high = clustered_interval(votes, [str(prompt) for prompt, _, _ in preferences], confidence)
     return LabelAgreement(
-        labelled_by=str(expression), other=str(old.labelling()), pairs=len(preferences),
+        labelled_by=str(expression), other=str(old.recipe.scorer), pairs=len(preferences),
         other_pairs=len(theirs.preferences()), same_pairs=len(ours.preferences() & theirs.preferences()),
         prompts=ours.prompts_with_pairs(), agreement=agreement, low=low, high=high, confidence=confidence,
     )  # fmt: skip

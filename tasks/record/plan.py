@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from data.ids import seed_for
 from data.prompts import Prompts
-from scoring.labels.expressions import Expression, leaves, parse
+from scoring.labels.expressions import Expression
 from scoring.scorers.registry import ScorerSource
 from tasks.record.recipe import ParameterError, Recipe
 from tasks.record.workspace import CandidateSet, CycleFolder, Part, safe_name
@@ -51,16 +51,12 @@ class Plan(BaseModel):
         """What the names of scorers are bound to."""
         return self.recipe.sources()
 
-    def labelling(self) -> Expression:
-        """What labels the pairs."""
-        return parse(self.recipe.scorer)
-
     def scorer_names(self, part: Part) -> list[str]:
         """Who scores a part: the labelling scorers first; the candidates' judges only on request."""
         recipe = self.recipe
         judges = recipe.judges if part != "candidates" or recipe.pairing.score_with_judges else []
         wanted = [*([recipe.scorer] if part == "candidates" else []), *judges]
-        return list(dict.fromkeys(leaf for text in wanted for leaf in leaves(parse(text))))
+        return list(dict.fromkeys(leaf for expression in wanted for leaf in expression.leaves))
 
     def config_hash(self) -> str:
         """Identity of how the pictures were drawn; part of every candidate's and pair's id."""
@@ -159,9 +155,9 @@ class PlannedCycle(CycleFolder):
         model, label = self.tuned()
         return model.within(self.experiment.folder), label
 
-    def relabelled(self, scorer: str) -> Path:
+    def relabelled(self, scorer: Expression) -> Path:
         """The folder of the pairs of these candidates by another scorer or expression."""
-        return self.folder / "relabelled" / safe_name(str(parse(scorer)))
+        return self.folder / "relabelled" / safe_name(str(scorer))
 
 
 def _side(part: Part) -> str:

@@ -3,11 +3,12 @@
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator
 
-from scoring.scorers.registry import ScorerSource
+from scoring.labels.expressions import Expression, parse
+from scoring.scorers.registry import ScorerSource, known_scorers
 from tasks.record.settings import Evaluation, Execution, Gate, Generation, Given, Pairing, Settings, Training
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -40,6 +41,14 @@ class Weights(BaseModel):
         return ScorerSource(**self.model_dump())
 
 
+def _expression(value: Expression | str) -> Expression:
+    return parse(value) if isinstance(value, str) else value
+
+
+Written = Annotated[Expression, PlainValidator(_expression), PlainSerializer(lambda value: value.text, return_type=str)]
+"""A scorer expression that is stored as it was written."""
+
+
 class Recipe(BaseModel):
     """A complete, resolved set of parameters: no field is left open."""
 
@@ -48,8 +57,8 @@ class Recipe(BaseModel):
     base_model: str
     revision: str | None = None
     prompts: str
-    scorer: str
-    judges: list[str] = Field(min_length=1)
+    scorer: Written
+    judges: list[Written] = Field(min_length=1)
     scorers: dict[str, Weights]
     seed: int
     candidates_of: str | None = None
@@ -117,7 +126,8 @@ def resolve(preset: str, seed: int, flat: dict[str, Any], sections: Mapping[str,
     """Put what the user gave on top of the preset.
 
     flat: the swappable parameters by name, None = as the preset says. sections: what was given of groups, by name.
-    Raises ParameterError when preset and user together leave a field open.
+    Raises ParameterError when preset and user together leave a field open, and for a scorer or judge that cannot be
+    read.
     """
     values = read_preset(preset)
     values |= {name: value for name, value in flat.items() if value is not None}
@@ -128,4 +138,21 @@ def resolve(preset: str, seed: int, flat: dict[str, Any], sections: Mapping[str,
         if missing:
             raise ParameterError(f"preset={preset!r} names no value for {', '.join(f'{name}.{f}' for f in missing)}")
         values[name] = merged
+    if "scorer" in values and "judges" in values:
+        sources = sources_of(values)
+        values["scorer"] = read_expression("scorer", values["scorer"], sources)
+        values["judges"] = [read_expression("judges", text, sources) for text in values["judges"]]
     return Recipe(preset=preset, seed=seed, **values)
+
+
+def sources_of(preset: Mapping[str, Any]) -> dict[str, ScorerSource]:
+    """What a preset's names of scorers are bound to."""
+    return {name: Weights(**weights).bound() for name, weights in preset.get("scorers", {}).items()}
+
+
+def read_expression(parameter: str, text: str, sources: Mapping[str, ScorerSource]) -> Expression:
+    """The expression that a parameter holds. Raises ParameterError that names the parameter and lists the scorers."""
+    try:
+        return parse(text, known_scorers(sources))
+    except ValueError as error:
+        raise ParameterError(f"{parameter}={text!r}: {error}") from error

@@ -8,7 +8,7 @@ import numpy as np
 from data.files import write_json
 from data.shards import ShardError
 from scoring.labels.combine import order
-from scoring.labels.expressions import Leaf, leaves, parse
+from scoring.labels.expressions import Expression, Leaf
 from scoring.scorers.scorer import ScorerInfo
 from scoring.verdict.gates import GateDecision
 from scoring.verdict.verdict import Verdict
@@ -65,21 +65,20 @@ class Judged:
         return gain if self.higher_is_better else -gain
 
 
-def read_judged(cycle: PlannedCycle, judge: str, part: Part) -> Judged:
+def read_judged(cycle: PlannedCycle, judge: Expression, part: Part) -> Judged:
     """One judge's view of `part` against base."""
-    expression = parse(judge)
-    base, other = (read_scores(cycle, side, leaves(expression)) for side in ("base", part))
+    base, other = (read_scores(cycle, side, judge.leaves) for side in ("base", part))
     for name, info in base.infos.items():
         if info != other.infos[name]:
             raise ShardError(
                 f"{cycle.evaluation}: {name} scored base and {part} with different weights or settings; delete its "
                 "folders under scores to score both again"
             )
-    if isinstance(expression, Leaf):
-        name = str(expression)
+    if isinstance(judge, Leaf):
+        name = str(judge)
         info = base.infos[name]
         return Judged(base.scores[name], other.scores[name], info.unit, info.higher_is_better, base.infos)
     together = {name: np.stack([base.scores[name], other.scores[name]], axis=1) for name in base.scores}
-    preferred = order(expression, together, base.infos)
+    preferred = order(judge, together, base.infos)
     margins = np.array([preferred.margins(prompt)[1, 0] for prompt in range(preferred.prompts())])
     return Judged(np.zeros_like(margins), margins, preferred.unit, True, base.infos)

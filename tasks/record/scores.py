@@ -8,7 +8,7 @@ import numpy as np
 from data.schema import read_metadata
 from data.shards import ShardError, read_shard
 from scoring.labels.combine import Order, order
-from scoring.labels.expressions import Expression, leaves
+from scoring.labels.expressions import Expression
 from scoring.scorers.registry import parse_spec
 from scoring.scorers.scorer import ScorerInfo
 from tasks.record.plan import PlannedCycle
@@ -27,7 +27,7 @@ class Scored:
 
     def groups(self, expression: Expression, candidates: int) -> dict[str, np.ndarray]:
         """The scores of an expression's scorers, (prompts, candidates) each."""
-        return {name: self.scores[name].reshape(-1, candidates) for name in leaves(expression)}
+        return {name: self.scores[name].reshape(-1, candidates) for name in expression.leaves}
 
     def order(self, expression: Expression, candidates: int) -> Order:
         """Who is preferred among the candidates of each prompt, that many of them a prompt."""
@@ -49,7 +49,7 @@ def is_scored(cycle: PlannedCycle, expression: Expression) -> bool:
     """Whether the scorers of an expression have scored all candidates of a cycle."""
     candidates = cycle.part("candidates")
     return all(
-        candidates.scores(name, index).is_file() for name in leaves(expression) for index in range(candidates.shards)
+        candidates.scores(name, index).is_file() for name in expression.leaves for index in range(candidates.shards)
     )
 
 

@@ -18,7 +18,6 @@ from data.ids import score_column
 from data.manifest import read_manifest
 from data.schema import read_metadata
 from data.shards import read_shard
-from scoring.labels.expressions import leaves
 from scoring.scorers.scorer import ScorerInfo
 from scoring.verdict.pair_statistics import clustered_interval
 from tasks.record.champion import Champion
@@ -160,7 +159,7 @@ def data_section(cycle: PlannedCycle) -> dict[str, Any]:
 
 def agreements(tables: list[pa.Table], plan: Plan) -> list[dict[str, Any]]:
     """How often each scorer whose scores the pairs carry prefers the winner; those that labelled come first."""
-    found, labelling = [], leaves(plan.labelling())
+    found, labelling = [], plan.recipe.scorer.leaves
     for values in read_metadata(tables[0].schema)["scorers"]:
         name = values.pop("column")
         info = ScorerInfo(**values)

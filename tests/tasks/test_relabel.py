@@ -51,9 +51,9 @@ def rows_of(folder: Path) -> pa.Table:
 def test_other_pairs_lie_beside_the_own_ones_and_nothing_else_is_touched(finished: PlannedCycle) -> None:
     cycle = finished
     before = files(cycle)
-    relabel.fn(cycle, "hpsv2", GivenPairing())
+    relabel.fn(cycle, parse("hpsv2"), GivenPairing())
     assert {name: state for name, state in files(cycle).items() if not name.startswith("relabelled")} == before
-    folder = cycle.relabelled("hpsv2")
+    folder = cycle.relabelled(parse("hpsv2"))
     verify(folder, "deep")
     table = rows_of(folder)
     assert read_metadata(table.schema)["label_rule"]["by"] == "hpsv2"
@@ -64,8 +64,8 @@ def test_other_pairs_lie_beside_the_own_ones_and_nothing_else_is_touched(finishe
 
 def test_the_comparison_is_what_counting_gives(finished: PlannedCycle) -> None:
     cycle = finished
-    found = relabel.fn(cycle, "hpsv2", GivenPairing(rule="all-pairs", min_margin=0.2))
-    table = rows_of(cycle.relabelled("hpsv2"))
+    found = relabel.fn(cycle, parse("hpsv2"), GivenPairing(rule="all-pairs", min_margin=0.2))
+    table = rows_of(cycle.relabelled(parse("hpsv2")))
     hpsv2, pickscore = (
         np.array(table[f"score_{n}_0"]) - np.array(table[f"score_{n}_1"]) for n in ("hpsv2", "pickscore")
     )
@@ -74,7 +74,8 @@ def test_the_comparison_is_what_counting_gives(finished: PlannedCycle) -> None:
     assert found.low < found.agreement < found.high and 0.2 < found.high - found.low < 0.7
     assert found.prompts == len(set(table["prompt_id"].to_pylist()))
     assert found.other == "pickscore" and found.other_pairs == sum(1 for _ in rows_of(cycle.preferences)["pair_id"])
-    ids = [set(rows_of(folder)["pair_id"].to_pylist()) for folder in (cycle.preferences, cycle.relabelled("hpsv2"))]
+    folders = cycle.preferences, cycle.relabelled(parse("hpsv2"))
+    ids = [set(rows_of(folder)["pair_id"].to_pylist()) for folder in folders]
     won = {
         row["pair_id"]: row["label_0"] for row in rows_of(cycle.preferences).select(["pair_id", "label_0"]).to_pylist()
     }
@@ -85,7 +86,7 @@ def test_the_comparison_is_what_counting_gives(finished: PlannedCycle) -> None:
 
 
 def test_the_same_scorer_agrees_with_itself(finished: PlannedCycle) -> None:
-    found = relabel.fn(finished, "pickscore", GivenPairing())
+    found = relabel.fn(finished, parse("pickscore"), GivenPairing())
     assert (found.agreement, found.high) == (1.0, 1.0) and found.low > 0.6
     assert found.pairs == found.other_pairs == found.same_pairs > 5
 
@@ -93,7 +94,7 @@ def test_the_same_scorer_agrees_with_itself(finished: PlannedCycle) -> None:
 def test_the_report_shows_how_often_they_agree(finished: PlannedCycle) -> None:
     cycle = finished
     assert "Other labels of the same candidates" not in write_report.fn(cycle).read_text()
-    found = [relabel.fn(cycle, scorer, GivenPairing()) for scorer in ("hpsv2", "mean(oracle,2*hpsv2)")]
+    found = [relabel.fn(cycle, parse(scorer), GivenPairing()) for scorer in ("hpsv2", "mean(oracle,2*hpsv2)")]
     page = write_report.fn(cycle).read_text()
     section = page[page.index("Other labels of the same candidates") :]
     for comparison in found:
@@ -104,17 +105,17 @@ def test_the_report_shows_how_often_they_agree(finished: PlannedCycle) -> None:
 
 def test_doing_it_again_changes_nothing_and_another_rule_is_refused(finished: PlannedCycle) -> None:
     cycle = finished
-    relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=0.1))
-    manifest = (cycle.relabelled("hpsv2") / "manifest.json").read_bytes()
-    relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=0.1))
-    assert (cycle.relabelled("hpsv2") / "manifest.json").read_bytes() == manifest
+    relabel.fn(cycle, parse("hpsv2"), GivenPairing(min_margin=0.1))
+    manifest = (cycle.relabelled(parse("hpsv2")) / "manifest.json").read_bytes()
+    relabel.fn(cycle, parse("hpsv2"), GivenPairing(min_margin=0.1))
+    assert (cycle.relabelled(parse("hpsv2")) / "manifest.json").read_bytes() == manifest
     with pytest.raises(ParameterError, match=r"pairing=.*another rule; move it away"):
-        relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=0.2))
+        relabel.fn(cycle, parse("hpsv2"), GivenPairing(min_margin=0.2))
 
 
 def test_agreeing_scorers_make_the_pairs_on_which_both_say_the_same(finished: PlannedCycle) -> None:
     cycle = finished
-    found = relabel.fn(cycle, "agree(pickscore,hpsv2)", GivenPairing(rule="all-pairs", min_margin=0))
+    found = relabel.fn(cycle, parse("agree(pickscore,hpsv2)"), GivenPairing(rule="all-pairs", min_margin=0))
     assert found.agreement == 1.0  # with pickscore alone, which had to agree
     scored = read_scores(cycle, "candidates", ["pickscore", "hpsv2"])
     groups = [scored.scores[name].reshape(-1, 4) for name in ("pickscore", "hpsv2")]
@@ -126,7 +127,7 @@ def test_agreeing_scorers_make_the_pairs_on_which_both_say_the_same(finished: Pl
 def test_a_new_cycle_gets_links_to_the_pictures(finished: PlannedCycle, tmp_path: Path) -> None:
     source = finished
     plan = source.plan
-    recipe = plan.recipe.model_copy(update={"candidates_of": str(source.folder), "scorer": "hpsv2"})
+    recipe = plan.recipe.model_copy(update={"candidates_of": str(source.folder), "scorer": parse("hpsv2")})
     prompts = json.loads(source.prompts_file.read_text())
     cycle = planned(tmp_path, plan.model_copy(update={"recipe": recipe}), prompts)
     link_candidates.fn(cycle)
@@ -164,8 +165,8 @@ def test_comparisons_are_read_back(tmp_path: Path) -> None:
 def test_a_margin_that_leaves_no_pair_can_be_lowered(finished: PlannedCycle) -> None:
     cycle = finished
     with pytest.raises(ParameterError, match="lower it"):
-        relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=1000))
-    assert relabel.fn(cycle, "hpsv2", GivenPairing(min_margin=0.1)).pairs > 0
+        relabel.fn(cycle, parse("hpsv2"), GivenPairing(min_margin=1000))
+    assert relabel.fn(cycle, parse("hpsv2"), GivenPairing(min_margin=0.1)).pairs > 0
 
 
 def test_candidates_that_their_own_scorer_has_not_scored_are_labelled_all_the_same(
@@ -173,8 +174,8 @@ def test_candidates_that_their_own_scorer_has_not_scored_are_labelled_all_the_sa
 ) -> None:
     cycle = finished
     shutil.rmtree(cycle.folder / "scores" / "pickscore")
-    assert relabel.fn(cycle, "hpsv2", GivenPairing()) is None
-    assert "score_pickscore_0" not in rows_of(cycle.relabelled("hpsv2")).column_names
+    assert relabel.fn(cycle, parse("hpsv2"), GivenPairing()) is None
+    assert "score_pickscore_0" not in rows_of(cycle.relabelled(parse("hpsv2"))).column_names
     assert comparisons(cycle) == []
 
 

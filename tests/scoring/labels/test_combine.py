@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scoring.labels.combine import order, winner_probabilities
-from scoring.labels.expressions import Combination, Expression, ExpressionError, Leaf, leaves, parse
+from scoring.labels.expressions import Combination, Expression, ExpressionError, Leaf, parse
 from scoring.labels.pairing import margin_from_spread, pair_groups
 from scoring.scorers.registry import Spec
 from scoring.scorers.scorer import ScorerInfo
@@ -24,7 +24,7 @@ KINDS = ["a", "mean(a,b)", "mean(2*a,b,c)", "z(a,b)", "rank(a,b)", "agree(a,b)",
 def margins_of(text: str, scores: dict[str, np.ndarray], infos: dict[str, ScorerInfo] = INFOS) -> np.ndarray:
     """(prompts, k, k)"""
     expression = parse(text)
-    found = order(expression, {name: scores[name] for name in leaves(expression)}, infos)
+    found = order(expression, {name: scores[name] for name in expression.leaves}, infos)
     return np.stack([found.margins(prompt) for prompt in range(found.prompts())])
 
 
@@ -61,8 +61,9 @@ def test_every_expression_reads_back_as_itself(expression: Expression) -> None:
 def test_blanks_and_weights() -> None:
     found = parse("  mean( pickscore , 2 * hpsv2:v2.0?antialias=0 , .5*x:Y )  ")
     assert str(found) == "mean(pickscore,2*hpsv2:v2.0?antialias=0,0.5*x:Y)"
-    assert leaves(found) == ["pickscore", "hpsv2:v2.0?antialias=0", "x:Y"]
-    assert leaves(parse("agree(z(a,b),a)")) == ["a", "b"]
+    assert found.text == "  mean( pickscore , 2 * hpsv2:v2.0?antialias=0 , .5*x:Y )  "
+    assert found.leaves == ["pickscore", "hpsv2:v2.0?antialias=0", "x:Y"]
+    assert parse("agree(z(a,b),a)").leaves == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -65,8 +65,13 @@ def test_the_table_has_the_digits_of_the_original(
     _run(monkeypatch, images, prompts, "--scorer", f"hpsv2?source={hpsv2_folder}", "--batch", 32)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     ours = {style: rest[4:] for style, *rest in lines[2:]}
-    assert len({numbers[0] for numbers in theirs.values()}) > 3 and theirs.keys() == {*STYLES, "Average"}
-    assert ours == theirs
+    assert len({numbers[0] for numbers in theirs.values()}) > 3
+    assert ours.keys() == theirs.keys() == {*STYLES, "Average"}
+    # Two digits of a mean and four of a deviation: scores that differ by rounding may fall on either side of a half.
+    for style, numbers in theirs.items():
+        assert len(ours[style]) == len(numbers)
+        for mine, number, digit in zip(ours[style], numbers, (1e-2, 1e-4), strict=False):
+            assert float(mine) == pytest.approx(float(number), abs=1.1 * digit), style
     means = {style: rest[1] for style, *rest in lines[2:]}
     assert means["paintings"] != theirs["paintings"][0]  # 100 images: the original's number is not the mean
 

@@ -18,15 +18,15 @@ NOTHING: dict[str, Given[Settings]] = {}
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_shipped_preset_is_complete_and_valid(preset: str) -> None:
     recipe = resolve(preset, 0, {}, NOTHING)
-    assert recipe.scorer in recipe.scorers
-    assert set(recipe.judges) - {recipe.scorer}, "a preset must name a held-out judge"
+    assert set(recipe.scorer.leaves) <= set(recipe.scorers)
+    assert {judge.text for judge in recipe.judges} - {recipe.scorer.text}, "a preset must name a held-out judge"
 
 
 def test_the_user_beats_the_preset_and_the_rest_stays() -> None:
     sections = NOTHING | {"generation": GivenGeneration(candidates=5)}
     recipe = resolve("shapes", 3, {"scorer": "hpsv2", "prompts": None}, sections)
     plain = resolve("shapes", 3, {}, NOTHING)
-    assert (recipe.scorer, recipe.generation.candidates) == ("hpsv2", 5)
+    assert (recipe.scorer.text, recipe.generation.candidates) == ("hpsv2", 5)
     assert recipe.generation.steps == plain.generation.steps and recipe.prompts == plain.prompts
 
 

@@ -21,6 +21,7 @@ from data.ids import prompt_id
 from data.pictures import encode_image
 from data.schema import candidate_schema, score_schema
 from data.shards import read_shard, write_shard
+from scoring.labels.expressions import parse
 from scoring.scorers.scorer import ScorerInfo
 from tasks.evaluate import judge_models
 from tasks.generate import candidate_table, write_embeddings
@@ -239,7 +240,7 @@ def test_both_pictures_of_a_pair_and_their_scores_stand_together(finished: tuple
     assert uris[0] != uris[1]
     first_card = page[page.index('class="card"') : page.index("</figure>", page.index('class="card"'))]
     assert all(uri in first_card for uri in uris)
-    judged = read_judged(cycle, "oracle", "tuned")
+    judged = read_judged(cycle, parse("oracle"), "tuned")
     assert f"{judged.base[row]:.4g} → {judged.other[row]:.4g}" in words(first_card)
     assert first_card.count("class=tiny") == 2
 
@@ -255,7 +256,7 @@ def test_extremes_are_the_largest_losses_and_wins_of_the_first_held_out_judge(
 
 
 def hpsv2(cycle: PlannedCycle) -> Judged:
-    return read_judged(cycle, "hpsv2", "tuned")
+    return read_judged(cycle, parse("hpsv2"), "tuned")
 
 
 def test_gain_follows_the_orientation_of_the_judge() -> None:
@@ -357,7 +358,7 @@ def test_large_pictures_are_made_small(large: PlannedCycle) -> None:
 def test_picture_artifact_is_small_and_its_cells_hold(request: pytest.FixtureRequest, pictures: str) -> None:
     fixture = request.getfixturevalue(pictures)
     cycle = fixture if isinstance(fixture, PlannedCycle) else fixture[0]
-    judged = {v.judge: read_judged(cycle, v.judge, "tuned") for v in Results.read(cycle).verdicts}
+    judged = {v.judge: read_judged(cycle, parse(v.judge), "tuned") for v in Results.read(cycle).verdicts}
     text = pictures_markdown(cycle, judged)
     rows = [line for line in text.splitlines() if "data:image/" in line]
     assert len(rows) == ARTIFACT_PAIRS
